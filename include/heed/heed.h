@@ -1,0 +1,156 @@
+// heed: attention for CPUs and GPUs. The public C++ interface.
+//
+// Tensors are plain views: the caller owns all memory. Every function validates its arguments before anything runs and
+// reports what is wrong with one of the typed errors below. Functions are re-entrant and may be called from any thread.
+#pragma once
+
+#include <array>
+#include <cstdint>
+#include <initializer_list>
+#include <optional>
+#include <stdexcept>
+#include <string>
+#include <utility>
+#include <vector>
+
+#if defined(__GNUC__)
+#define HEED_API __attribute__((visibility("default")))
+#else
+#define HEED_API
+#endif
+
+namespace heed {
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Errors. All derive from std::exception; nothing else is thrown, and the library neither aborts nor prints.
+
+// A shape or a value is wrong. The message names the tensor, what it got and what it expected.
+class HEED_API ValueError : public std::invalid_argument {
+ public:
+  using std::invalid_argument::invalid_argument;
+};
+
+// A dtype or the kind of an argument is wrong.
+class HEED_API TypeError : public std::invalid_argument {
+ public:
+  using std::invalid_argument::invalid_argument;
+};
+
+// One kernel candidate and, if it declined a problem, why (empty: it serves the problem).
+struct Candidate {
+  std::string name;     // such as "cpu_attention_fwd"
+  std::string backend;  // "cpu", "sm80", "sm90"
+  std::string reason;   // empty for a candidate that serves the problem
+};
+
+// The arguments are valid, but no kernel of this build can serve them. Carries each candidate's reason.
+class HEED_API UnsupportedError : public ValueError {
+ public:
+  UnsupportedError(const std::string& message, std::vector<Candidate> candidates)
+      : ValueError(message), candidates_(std::move(candidates)) {}
+  const std::vector<Candidate>& candidates() const { return candidates_; }
+
+ private:
+  std::vector<Candidate> candidates_;
+};
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Tensors.
+
+enum class DType : uint8_t { kFloat32, kFloat16, kBFloat16, kInt32 };
+
+enum class DeviceType : uint8_t { kCpu, kCuda };
+
+struct Device {
+  DeviceType type = DeviceType::kCpu;
+  int32_t index = 0;
+  friend bool operator==(const Device&, const Device&) = default;
+};
+
+// Four axes of an attention tensor and up to eight leading axes.
+inline constexpr int kMaxRank = 12;
+
+// A strided view of memory that somebody else owns. Strides count elements and may be zero or negative. `data` points to
+// element [0, ..., 0] and is aligned to the element size. An undefined view (rank -1) stands for an absent optional operand.
+struct TensorView {
+  void* data = nullptr;
+  DType dtype = DType::kFloat32;
+  int32_t rank = -1;
+  std::array<int64_t, kMaxRank> shape{};
+  std::array<int64_t, kMaxRank> strides{};
+  Device device{};
+
+  bool defined() const { return rank >= 0; }
+
+  // A row-major view. Throws ValueError if the shape has more than kMaxRank axes.
+  static TensorView contiguous(const void* data, DType dtype, std::initializer_list<int64_t> shape, Device device = {}) {
+    if (shape.size() > kMaxRank) {
+      throw ValueError("TensorView: got " + std::to_string(shape.size()) + " axes, expected at most " +
+                       std::to_string(kMaxRank));
+    }
+    TensorView view;
+    view.data = const_cast<void*>(data);
+    view.dtype = dtype;
+    view.rank = static_cast<int32_t>(shape.size());
+    view.device = device;
+    int axis = 0;
+    for (int64_t size : shape) view.shape[axis++] = size;
+    int64_t stride = 1;
+    for (int i = view.rank - 1; i >= 0; --i) {
+      view.strides[i] = stride;
+      stride *= view.shape[i];
+    }
+    return view;
+  }
+};
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Attention.
+
+// Which corner of the score matrix causal masks and windows are anchored to. Bottom-right (the convention of
+// FlashAttention 2.1 and later): the last query sees the last key. Top-left: query i and key i share a diagonal.
+enum class CausalAlign : uint8_t { kBottomRight, kTopLeft };
+
+enum class Backend : uint8_t { kAuto, kCpu, kSm80, kSm90 };
+
+struct AttentionOptions {
+  std::optional<double> softmax_scale;  // default 1 / sqrt(head_dim_qk)
+  bool is_causal = false;               // forces window_right = 0
+  CausalAlign causal_align = CausalAlign::kBottomRight;
+  int64_t window_left = -1;   // keys kept to the left of a query's diagonal; -1: unbounded
+  int64_t window_right = -1;  // keys kept to its right; -1: unbounded
+  double softcap = 0.0;       // scores become softcap * tanh(score / softcap); 0: off
+  bool deterministic = false;
+  Backend backend = Backend::kAuto;
+};
+
+// Operands of attention_forward. B batch, Lq / Lk tokens, Hq / Hk query / KV heads (Hq a multiple of Hk), D and Dv head
+// dims from 1 to 256. Every operand may have the same number of further leading axes, each of the full size or 1 (a size
+// of 1 broadcasts). Strides are arbitrary.
+struct AttentionForwardArgs {
+  TensorView q;               // [B, Lq, Hq, D]  float32, float16 or bfloat16
+  TensorView k;               // [B, Lk, Hk, D]  dtype of q
+  TensorView v;               // [B, Lk, Hk, Dv] dtype of q
+  TensorView sinks;           // optional [Hq] float32: raw logits added to each softmax denominator
+  TensorView alibi_slopes;    // optional [Hq] float32: score -= slope * |distance from the diagonal|
+  TensorView q_segment_ids;   // optional [B, Lq] int32: attention only where both ids are equal
+  TensorView kv_segment_ids;  // optional [B, Lk] int32: given if and only if q_segment_ids is
+  TensorView out;             // [B, Lq, Hq, Dv] dtype of q, written
+  TensorView lse;             // optional [B, Hq, Lq] float32, written: natural log of the softmax denominator
+};
+
+// Softmax attention: for every query row i, with s_j = scale * <q_i, k_j> (soft-capped, then ALiBi, then masked),
+//   out_i = sum_j exp(s_j - lse_i) v_j,   lse_i = log(sum_j exp(s_j) [+ exp(sink)]).
+// A row with no visible key gets out 0 and lse -inf (with sinks: lse = its sink). Statistics and accumulation are float32.
+// Throws ValueError, TypeError or UnsupportedError before anything is written.
+HEED_API void attention_forward(const AttentionForwardArgs& args, const AttentionOptions& options = {});
+
+// ---------------------------------------------------------------------------------------------------------------------
+// The library.
+
+HEED_API const char* version();                     // such as "0.1.0"
+HEED_API std::string cpu_target();                  // the instruction set in use, such as "AVX3"
+HEED_API std::vector<std::string> cpu_targets();    // what this build contains and this CPU runs, best first
+HEED_API int num_threads();                         // size of the shared thread arena (HEED_NUM_THREADS)
+
+}  // namespace heed

@@ -1,0 +1,29 @@
+"""heed: attention for JAX, NumPy and anything with DLPack.
+
+`heed.flash_mha` is exact attention with grouped heads, causal and windowed masks, soft caps, sinks, ALiBi and segments;
+`heed.explain` says which kernel a call gets. Importing heed imports neither JAX nor any other framework.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from heed._attention import flash_mha
+from heed._errors import UnsupportedError
+from heed._explain import Explanation, explain
+from heed._lib import checked_version
+
+__version__ = checked_version()
+
+__all__ = ["Explanation", "UnsupportedError", "__version__", "explain", "export_checks", "flash_mha"]
+
+
+def export_checks() -> list[Any]:
+    """The `disabled_checks` that `jax.export.export` needs for programs that call heed.
+
+    heed's custom calls keep their meaning across versions (their names carry one), so that an exported program may call
+    them: `jax.export.export(jax.jit(f), disabled_checks=heed.export_checks())(*args)`.
+    """
+    from heed import _jax_attention
+
+    return _jax_attention.export_checks()

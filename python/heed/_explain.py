@@ -1,0 +1,139 @@
+"""heed.explain: which kernel a call gets, and why each other candidate declined. Nothing runs."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from heed._arrays import DLPackOps, is_jax, kind_of
+from heed._attention import flash_mha, split_segment_ids
+from heed._problem import (
+    OPERAND_NAMES,
+    Candidate,
+    Spec,
+    attention_statics,
+    attention_text,
+    resolve_attention,
+)
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """The answer of `heed.explain`. `print` it, or read its fields.
+
+    Attributes:
+        function: the explained function's name.
+        target: where the call would run: "cpu", "sm_90a", ...
+        problem: the call as the text that compiled programs carry.
+        chosen: the name of the kernel that serves the call, or None.
+        candidates: every candidate in the order tried, with its reason (empty for the chosen one).
+        workspace_bytes: scratch memory that the caller's framework allocates for the call.
+    """
+
+    function: str
+    target: str
+    problem: str
+    chosen: str | None
+    candidates: tuple[Candidate, ...]
+    workspace_bytes: int
+
+    @property
+    def is_served(self) -> bool:
+        """Whether some kernel serves the call."""
+        return self.chosen is not None
+
+    @property
+    def reasons(self) -> dict[str, str]:
+        """Why each candidate that was not chosen declined."""
+        return {row.name: row.reason for row in self.candidates if row.reason}
+
+    def __str__(self) -> str:
+        verdict = f"is served by {self.chosen}" if self.chosen else "is not served"
+        width = max(len(row.name) for row in self.candidates)
+        lines = [f"heed.{self.function} on {self.target} {verdict}"]
+        for row in sorted(self.candidates, key=lambda row: bool(row.reason)):
+            mark, text = ("->", "chosen") if not row.reason else ("  ", row.reason)
+            lines.append(f"  {mark} {row.name:<{width}}  {text}")
+        lines.append(f"  workspace: {self.workspace_bytes} bytes")
+        fields = self.problem.split(";")
+        operands = [field.replace("=", " ", 1) for field in fields[1:] if "[" in field]
+        options = [_readable(field) for field in fields[1:] if "[" not in field]
+        lines.append("  operands:  " + ", ".join(operands))
+        lines.append("  options:   " + ", ".join(options))
+        return "\n".join(lines)
+
+    __repr__ = __str__
+
+
+def _readable(option: str) -> str:
+    """An option of the problem's text with its hexadecimal float, if it is one, in decimal."""
+    name, _, value = option.partition("=")
+    return f"{name} {float.fromhex(value):g}" if "0x" in value else f"{name} {value}"
+
+
+def _default_target(values: list[Any]) -> str:
+    """Where a call on these values would run."""
+    like = values[0]
+    if is_jax(like) or not hasattr(like, "__dlpack__"):
+        jax = sys.modules.get("jax")
+        if jax is None:  # shapes without arrays, and no JAX: heed's default
+            return "cpu"
+        devices = like.devices() if is_jax(like) and not isinstance(like, jax.core.Tracer) else jax.devices()
+        device = next(iter(devices))
+        if device.platform == "cpu":
+            return "cpu"
+        capability = str(getattr(device, "compute_capability", ""))
+        return "sm_" + capability.replace(".", "") if capability else "cuda"
+    return DLPackOps(kind_of("q", like), like).target()
+
+
+def _spec(name: str, value: Any) -> Spec:
+    """dtype and shape of an array or of anything that only describes one (`jax.ShapeDtypeStruct`)."""
+    if not hasattr(value, "shape") or not hasattr(value, "dtype"):
+        raise TypeError(f"{name}: got {type(value).__name__}, expected an array or a jax.ShapeDtypeStruct")
+    return str(value.dtype).removeprefix("torch."), tuple(value.shape)
+
+
+def _segment_spec(name: str, value: Any) -> Spec:
+    dtype, shape = _spec(name, value)
+    return ("int32" if dtype.startswith(("int", "uint")) else dtype), shape
+
+
+def explain(function: Callable[..., Any], /, *args: Any, target: str | None = None, **kwargs: Any) -> Explanation:
+    """Says which kernel a call of `function` would get and why each other candidate declined, without running it.
+
+    Args:
+        function: a function of heed's: `heed.flash_mha`.
+        *args, **kwargs: the call's arguments. Arrays may be `jax.ShapeDtypeStruct` or anything with shape and dtype.
+        target: "cpu", or an architecture such as "sm_80" or "sm_90a", which need not be present. None: where the call
+            would run.
+
+    Raises:
+        ValueError, TypeError: the arguments are wrong in a way that the call itself would refuse too.
+    """
+    if function is not flash_mha:
+        raise TypeError(f"explain: got {function!r}, expected a function of heed's: heed.flash_mha")
+    bound = inspect.signature(flash_mha).bind(*args, **kwargs)
+    bound.apply_defaults()
+    given = dict(bound.arguments)
+    arrays = [given.pop(name) for name in ("q", "k", "v")]
+    segments = split_segment_ids(given.pop("segment_ids"))
+    operands = (*arrays, given.pop("sinks"), given.pop("alibi_slopes"), *segments)
+    specs = [
+        None if value is None else (_segment_spec if "segment" in name else _spec)(name, value)
+        for name, value in zip(OPERAND_NAMES, operands, strict=True)
+    ]
+    text = attention_text(attention_statics(**given), specs)
+    where = target if target is not None else _default_target(arrays)
+    resolution = resolve_attention(text, where)
+    return Explanation(
+        function="flash_mha",
+        target=where,
+        problem=text,
+        chosen=resolution.chosen,
+        candidates=resolution.candidates,
+        workspace_bytes=resolution.workspace_bytes,
+    )

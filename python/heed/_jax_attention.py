@@ -1,0 +1,85 @@
+"""`flash_mha` on JAX arrays and tracers: validates once, on unbatched shapes, and binds the primitive."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+from heed._versions import check_versions
+
+check_versions(required=True)
+
+import jax  # noqa: E402
+import jax.numpy as jnp  # noqa: E402
+import numpy as np  # noqa: E402
+
+from heed._jax import axes, ffi_target, partition  # noqa: E402
+from heed._jax.primitive import attention_fwd_p, check_placement, compiled  # noqa: E402
+from heed._problem import AttentionStatics, Spec, attention_text, resolve_attention  # noqa: E402
+
+__all__ = ["export_checks", "flash_mha", "is_jax_value", "register_targets"]
+
+
+def is_jax_value(x: Any) -> bool:
+    """Whether `x` is a JAX array or a tracer."""
+    return isinstance(x, jax.Array)
+
+
+def register_targets() -> None:
+    """Tells XLA about heed's custom calls, for programs that were compiled or exported elsewhere."""
+    ffi_target.register()
+    partition.register()
+
+
+def export_checks() -> list[Any]:
+    """What `jax.export.export(..., disabled_checks=...)` needs to export programs that call heed.
+
+    The process that runs such a program needs heed's targets as well: this call registers them there.
+    """
+    register_targets()
+    return [jax.export.DisabledSafetyCheck.custom_call(ffi_target.TARGET_NAME)]
+
+
+@functools.lru_cache(maxsize=4096)
+def _validate(statics: AttentionStatics, specs: tuple[Spec | None, ...]) -> None:
+    resolve_attention(attention_text(statics, specs), "cpu")  # raises on what is wrong, whoever serves it
+
+
+def _spec(x: Any) -> Spec:
+    return str(x.dtype), tuple(x.shape)
+
+
+def _same_varying_axes(arrays: Sequence[Any]) -> list[Any]:
+    """Inside `shard_map` every operand of a primitive must vary over the same manual mesh axes."""
+    varying = [jax.typeof(x).manual_axis_type.varying for x in arrays]
+    union = frozenset[str]().union(*varying)
+    return [
+        jax.lax.pcast(x, tuple(sorted(union - own)), to="varying") if own != union else x
+        for x, own in zip(arrays, varying, strict=True)
+    ]
+
+
+def _segment_ids(x: Any) -> Any:
+    """Integer ids of any width as int32. What is not an integer array stays as it is: validation names it."""
+    if x is None or x.dtype == jnp.int32 or not jnp.issubdtype(x.dtype, jnp.integer):
+        return x
+    return x.astype(jnp.int32)
+
+
+def flash_mha(statics: AttentionStatics, operands: Sequence[Any]) -> Any:
+    """Attention on JAX values; `operands` follow `OPERAND_NAMES`, absent ones are None. Returns out or (out, lse)."""
+    operands = (*operands[:5], *map(_segment_ids, operands[5:]))
+    arrays = [x for x in operands if x is not None]
+    present = axes.present_operands([x is not None for x in operands])
+    _validate(statics, tuple(None if x is None else _spec(x) for x in operands))
+    if any(isinstance(x, jax.core.Tracer) for x in arrays):
+        values = _same_varying_axes([jnp.asarray(x) if isinstance(x, np.ndarray) else x for x in arrays])
+        results = attention_fwd_p.bind(*values, statics=statics, operands=present)
+    else:
+        check_placement(present, arrays)
+        results = compiled(statics, present)(*arrays)
+    return tuple(results) if statics.return_lse else results[0]
+
+
+register_targets()

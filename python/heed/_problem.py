@@ -1,0 +1,177 @@
+"""The problem: one attention call as the text that the native library validates and resolves, before anything runs."""
+
+from __future__ import annotations
+
+import functools
+import numbers
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from heed._errors import UnsupportedError
+from heed._lib import function
+
+OPERAND_NAMES = ("q", "k", "v", "sinks", "alibi_slopes", "q_segment_ids", "kv_segment_ids")
+BACKENDS = ("cpu", "sm80", "sm90")
+CAUSAL_ALIGNS = ("bottom_right", "top_left")
+
+Spec = tuple[str, tuple[int, ...]]
+"""A dtype's name and a shape."""
+
+
+@dataclass(frozen=True)
+class AttentionStatics:
+    """What is fixed while tracing. Hashable: it is part of every cache key."""
+
+    softmax_scale: float | None = None
+    is_causal: bool = False
+    causal_align: str = "bottom_right"
+    window_size: tuple[int, int] = (-1, -1)
+    softcap: float = 0.0
+    return_lse: bool = False
+    deterministic: bool = False
+    backend: str | None = None
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One kernel that was considered, and why it declined (empty: it serves the problem)."""
+
+    name: str
+    backend: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Resolution:
+    """What a valid problem returns, and which kernel serves it."""
+
+    out_shape: tuple[int, ...]
+    lse_shape: tuple[int, ...]
+    out_dtype: str
+    chosen: str | None
+    workspace_bytes: int
+    candidates: tuple[Candidate, ...]
+
+
+def _expected(name: str, value: Any, expected: str) -> TypeError:
+    kind = type(value).__name__
+    if hasattr(value, "aval") or hasattr(value, "__jax_array__"):  # a tracer, or a JAX array
+        return TypeError(
+            f"{name}: got a JAX value ({kind}), expected {expected}. It must be a Python value while tracing: pass it "
+            f"through static_argnames=('{name}',) of jax.jit, or close over it."
+        )
+    return TypeError(f"{name}: got {value!r} of type {kind}, expected {expected}")
+
+
+def _real(name: str, value: Any) -> float:
+    if isinstance(value, (bool, np.bool_)) or not isinstance(value, (numbers.Real, np.floating, np.integer)):
+        raise _expected(name, value, "a Python float")
+    return float(value)
+
+
+def _flag(name: str, value: Any) -> bool:
+    if not isinstance(value, (bool, np.bool_)):
+        raise _expected(name, value, "True or False")
+    return bool(value)
+
+
+def _integer(name: str, value: Any) -> int:
+    if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, np.integer)):
+        raise _expected(name, value, "a pair of Python integers")
+    return int(value)
+
+
+def _one_of(name: str, value: Any, allowed: Sequence[str]) -> str:
+    if not isinstance(value, str):
+        raise _expected(name, value, "one of " + ", ".join(map(repr, allowed)))
+    if value not in allowed:
+        raise ValueError(f"{name}: got {value!r}, expected one of {', '.join(map(repr, allowed))}")
+    return value
+
+
+def attention_statics(
+    *,
+    softmax_scale: Any,
+    is_causal: Any,
+    causal_align: Any,
+    window_size: Any,
+    softcap: Any,
+    return_lse: Any,
+    deterministic: Any,
+    backend: Any,
+) -> AttentionStatics:
+    """Checks the kinds of the static arguments (their values are checked with the problem)."""
+    if not isinstance(window_size, (tuple, list)):
+        raise _expected("window_size", window_size, "a pair of Python integers")
+    if len(window_size) != 2:
+        raise ValueError(f"window_size: got {window_size!r}, expected a pair of Python integers")
+    left, right = (_integer("window_size", side) for side in window_size)
+    return AttentionStatics(
+        softmax_scale=None if softmax_scale is None else _real("softmax_scale", softmax_scale),
+        is_causal=_flag("is_causal", is_causal),
+        causal_align=_one_of("causal_align", causal_align, CAUSAL_ALIGNS),
+        window_size=(left, right),
+        softcap=0.0 if softcap is None else _real("softcap", softcap),
+        return_lse=_flag("return_lse", return_lse),
+        deterministic=_flag("deterministic", deterministic),
+        backend=None if backend is None else _one_of("backend", backend, BACKENDS),
+    )
+
+
+def _shape_text(name: str, shape: Sequence[Any]) -> str:
+    for size in shape:
+        if not isinstance(size, (int, np.integer)):
+            raise ValueError(
+                f"{name}: got the symbolic dimension {size} in shape ({', '.join(map(str, shape))}), expected constant "
+                "sizes. heed chooses kernels from sizes: export once per shape."
+            )
+    return ",".join(str(int(size)) for size in shape)
+
+
+def attention_text(statics: AttentionStatics, specs: Sequence[Spec | None]) -> str:
+    """The problem's text (its schema is in `src/core/problem.h`); `specs` follow `OPERAND_NAMES`."""
+    operands = "".join(
+        f";{name}={spec[0]}[{_shape_text(name, spec[1])}]"
+        for name, spec in zip(OPERAND_NAMES, specs, strict=True)
+        if spec is not None
+    )
+    scale = "default" if statics.softmax_scale is None else statics.softmax_scale.hex()
+    left, right = statics.window_size
+    return (
+        f"attention_fwd.v1{operands};scale={scale};causal={int(statics.is_causal)};align={statics.causal_align}"
+        f";window={left},{right};softcap={statics.softcap.hex()};lse={int(statics.return_lse)}"
+        f";deterministic={int(statics.deterministic)};backend={statics.backend or 'auto'}"
+    )
+
+
+@functools.lru_cache(maxsize=4096)
+def resolve_attention(text: str, target: str) -> Resolution:
+    """Validates the problem and picks its kernel for the target ("cpu", "sm_80", "sm_90a", ...).
+
+    Raises:
+        ValueError, TypeError: an argument is wrong; the message names it, what it got and what was expected.
+    """
+    try:
+        found = function("attention_fwd_resolve")(text, target)
+    except (ValueError, TypeError) as error:
+        raise type(error)(str(error)) from None  # without the native frames
+    return Resolution(
+        out_shape=tuple(found["out_shape"]),
+        lse_shape=tuple(found["lse_shape"]),
+        out_dtype=str(found["out_dtype"]),
+        chosen=str(found["chosen"]) or None,
+        workspace_bytes=int(found["workspace_bytes"]),
+        candidates=tuple(Candidate(*map(str, row)) for row in found["candidates"]),
+    )
+
+
+def require_kernel(resolution: Resolution, what: str, target: str) -> None:
+    """Raises UnsupportedError, with every candidate's reason, if no kernel serves the problem on the target."""
+    if resolution.chosen is not None:
+        return
+    reasons = {candidate.name: candidate.reason for candidate in resolution.candidates}
+    lines = "".join(f"\n  {name}: {reason}" for name, reason in reasons.items())
+    raise UnsupportedError(f"{what}: no kernel serves this call on target {target}:{lines}", reasons)

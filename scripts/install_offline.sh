@@ -1,0 +1,92 @@
+#!/usr/bin/env bash
+# Installs heed and what it needs from a folder of wheels, with no network:
+#
+#   scripts/install_offline.sh WHEEL_DIR [PYTHON] [--target DIR] [--test] [--bench] [--output DIR]
+#
+#   WHEEL_DIR     holds heed's wheel and those of what the machine lacks (on a machine with a network:
+#                 `make wheel`, then `pip download --dest WHEEL_DIR dist/heed-*.whl pytest hypothesis ...`)
+#   PYTHON        the Python to install for (3.11 or newer, with pip); default: python3
+#   --target DIR  install into DIR instead of the environment (then set PYTHONPATH=DIR)
+#   --test        then run the tests of this checkout against what was installed
+#   --bench       then run the benchmarks of this checkout
+#   --output DIR  where install.log, pytest.log, bench.log and the benchmark's results go; default: build/offline
+#
+# Only what is missing is installed. JAX, jaxlib, NumPy and SciPy that are there already are never replaced: where heed
+# needs newer ones, this stops and says so.
+set -euo pipefail
+here=$(cd "$(dirname "$0")/.." && pwd)
+
+usage() {
+  sed -n '2,/^set /s/^# \{0,1\}//p' "$0" >&2
+  exit 2
+}
+
+wheels="" python=python3 target="" output=$here/build/offline run_tests="" run_bench=""
+while (($# > 0)); do
+  case $1 in
+    --target) target=${2:?--target needs a folder} && shift ;;
+    --output) output=${2:?--output needs a folder} && shift ;;
+    --test) run_tests=1 ;;
+    --bench) run_bench=1 ;;
+    -*) usage ;;
+    *) if [[ -z $wheels ]]; then wheels=$1; else python=$1; fi ;;
+  esac
+  shift
+done
+[[ -n $wheels ]] || usage
+[[ -d $wheels ]] || { echo "error: $wheels is not a folder" >&2 && exit 1; }
+command -v "$python" >/dev/null || { echo "error: there is no Python called $python" >&2 && exit 1; }
+"$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
+  { echo "error: heed needs Python 3.11 or newer, this is $("$python" --version)" >&2 && exit 1; }
+mkdir -p "$output"
+output=$(cd "$output" && pwd)
+
+extras=()
+if [[ -n $run_tests ]]; then extras+=(--extra test); fi
+if [[ -n $run_bench ]]; then extras+=(--extra bench); fi
+if [[ -n $target ]]; then
+  mkdir -p "$target"
+  target=$(cd "$target" && pwd)
+  export PYTHONPATH=$target${PYTHONPATH:+:$PYTHONPATH}
+fi
+
+# Which wheels to install, one path per line; messages about missing ones go to the terminal.
+"$python" "$here/scripts/offline_wheels.py" "$wheels" ${extras[@]+"${extras[@]}"} >"$output/wheels.txt"
+
+echo "installing $(wc -l <"$output/wheels.txt") wheels${target:+ into $target}:"
+sed 's|.*/|  |' "$output/wheels.txt"
+install=("$python" -m pip install --no-index --no-deps --disable-pip-version-check --requirement "$output/wheels.txt")
+if [[ -n $target ]]; then
+  install+=(--target "$target" --upgrade)
+else
+  install+=(--force-reinstall)
+fi
+if ! "${install[@]}" >"$output/install.log" 2>&1; then
+  tail -n 30 "$output/install.log" >&2
+  echo "error: pip failed; its output is in $output/install.log" >&2
+  exit 1
+fi
+
+cd /  # so that nothing of the checkout shadows what was installed
+"$python" -c '
+import heed, numpy
+x = numpy.ones((1, 2, 1, 8), numpy.float32)
+assert (heed.flash_mha(x, x, x) == 1).all()
+print(f"heed {heed.__version__} works, installed in {heed.__path__[0]}")'
+if [[ -n $target ]]; then echo "use it with: export PYTHONPATH=$target"; fi
+
+status=0
+cd "$here"
+if [[ -n $run_tests ]]; then
+  workers=()
+  if "$python" -c 'import xdist' 2>/dev/null; then workers=(-n "$(($(nproc) < 8 ? $(nproc) : 8))"); fi
+  # shellcheck disable=SC2086  # PYTEST_ARGS is a list of words
+  "$python" -m pytest -q ${workers[@]+"${workers[@]}"} -p no:cacheprovider ${PYTEST_ARGS:-} 2>&1 |
+    tee "$output/pytest.log" || status=1
+fi
+if [[ -n $run_bench ]]; then
+  # shellcheck disable=SC2086
+  "$python" bench/cpu_attention_fwd.py ${BENCH_ARGS:-} 2>&1 | tee "$output/bench.log" || status=1
+  cp -r bench/results "$output/" 2>/dev/null || true
+fi
+exit "$status"

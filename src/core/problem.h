@@ -1,0 +1,65 @@
+// The problem: everything about one attention call that is known before anything runs (shapes, dtypes, options, which
+// optional operands are there), as a struct and as the canonical text that compiled programs carry.
+#pragma once
+
+#include <array>
+#include <cstdint>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "heed/heed.h"
+
+namespace heed {
+
+// A tensor's dtype and shape without its memory. `dtype` is a name, so that an unknown one can still be reported.
+struct TensorSpec {
+  std::string dtype;
+  std::vector<int64_t> shape;
+  bool present = false;
+};
+
+// Operands in the order in which every face passes them. Outputs follow in the same order: out, then lse if wanted.
+enum AttentionOperand : int { kQ, kK, kV, kSinks, kAlibiSlopes, kQSegmentIds, kKvSegmentIds, kNumAttentionInputs };
+inline constexpr std::array<std::string_view, kNumAttentionInputs> kAttentionOperandNames = {
+    "q", "k", "v", "sinks", "alibi_slopes", "q_segment_ids", "kv_segment_ids"};
+
+// What a caller asked for, unchecked.
+struct AttentionRequest {
+  std::array<TensorSpec, kNumAttentionInputs> operands;
+  AttentionOptions options;
+  bool wants_lse = false;
+};
+
+// A validated request. Sizes are those of DESIGN's vocabulary; `lead` holds the broadcast sizes of the leading axes.
+struct AttentionProblem {
+  DType dtype{};
+  std::vector<int64_t> lead;
+  int64_t batch = 0, q_len = 0, kv_len = 0, num_q_heads = 0, num_kv_heads = 0, head_dim_qk = 0, head_dim_v = 0;
+  double softmax_scale = 0.0;
+  bool is_causal = false;
+  CausalAlign causal_align = CausalAlign::kBottomRight;
+  int64_t window_left = -1, window_right = -1;  // after `is_causal` forced window_right to 0
+  double softcap = 0.0;
+  bool has_sinks = false, has_alibi = false, has_segment_ids = false, wants_lse = false;
+  bool deterministic = false;
+  Backend backend = Backend::kAuto;
+  std::array<TensorSpec, kNumAttentionInputs> operands;  // as the caller gave them (leading axes may be 1)
+
+  HEED_API std::vector<int64_t> out_shape() const;
+  HEED_API std::vector<int64_t> lse_shape() const;
+};
+
+// Canonical text, on one line, such as
+//   attention_fwd.v1;q=float32[1,16,4,64];k=float32[1,16,4,64];v=float32[1,16,4,64];scale=default;causal=0;
+//   align=bottom_right;window=-1,-1;softcap=0x0p+0;lse=0;deterministic=0;backend=auto
+// Absent operands are left out; floats are hexadecimal, so that the text is exact.
+inline constexpr std::string_view kAttentionFwdSchema = "attention_fwd.v1";
+HEED_API std::string to_text(const AttentionRequest& request);
+// Throws ValueError for anything but the schema above.
+HEED_API AttentionRequest parse_attention_request(std::string_view text);
+
+// Every check of DESIGN section 4, once, for every face. Throws ValueError or TypeError.
+HEED_API AttentionProblem validate(const AttentionRequest& request);
+
+}  // namespace heed

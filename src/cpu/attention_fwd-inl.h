@@ -1,0 +1,594 @@
+// The CPU attention forward kernel for one instruction set. See attention_fwd.cc for the plan of attack.
+#include "cpu/simd.h"
+#include "hwy/highway.h"
+
+#if defined(HEED_CPU_ATTENTION_FWD_INL_H_) == defined(HWY_TARGET_TOGGLE)
+#ifdef HEED_CPU_ATTENTION_FWD_INL_H_
+#undef HEED_CPU_ATTENTION_FWD_INL_H_
+#else
+#define HEED_CPU_ATTENTION_FWD_INL_H_
+#endif
+
+#include <algorithm>
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <limits>
+
+#include "cpu/attention_fwd_plan.h"
+#include "cpu/convert-inl.h"
+#include "cpu/math-inl.h"
+#include "cpu/parallel.h"
+#include "variants/alibi.h"
+#include "variants/segment_ids.h"
+#include "variants/sinks.h"
+#include "variants/softcap.h"
+
+HWY_BEFORE_NAMESPACE();
+namespace heed::cpu::HWY_NAMESPACE {
+namespace hn = hwy::HWY_NAMESPACE;
+namespace score = variants::HWY_NAMESPACE;
+using variants::Range;
+
+using DF = hn::ScalableTag<float>;
+using DI = hn::RebindToSigned<DF>;
+using VF = hn::Vec<DF>;
+
+constexpr int kLanes = hn::MaxLanes(DF());
+// The register tile: kTile keys (or columns of V) by kVectors vectors of query rows, plus kVectors + 1 operands. 24 + 4 of
+// AVX-512's 32 registers; 12 + 4 of AVX2's 16; narrower sets need one more register for the product before the addition.
+#if HWY_TARGET == HWY_AVX3 || HWY_TARGET == HWY_AVX3_DL
+constexpr int kTile = 8;
+constexpr int kVectors = 3;
+#elif HWY_TARGET == HWY_AVX2 || HWY_TARGET == HWY_NEON
+constexpr int kTile = 4;
+constexpr int kVectors = 3;
+#else
+constexpr int kTile = 4;
+constexpr int kVectors = 2;
+#endif
+constexpr int kPanelRows = kVectors * kLanes;
+
+constexpr int kMaxHeadDim = 256;
+constexpr size_t kCacheLineBytes = 64;
+// Keys per block. A panel's P^T (kBlockKeys x kPanelRows floats, 24 KB with AVX-512) stays in L1 while V streams by.
+constexpr int kBlockKeys = 128;
+// Floats between packed rows of K or V, for every head dim: tiles then address memory by constant displacements from one
+// pointer, and the odd number of cache lines spreads a column over all cache sets.
+constexpr int kRowStride = kMaxHeadDim + 16;
+static_assert(kMaxHeadDim % kTile == 0 && kBlockKeys % kTile == 0);
+constexpr int kMaxPanels = 8;
+// Bound of packed Q and the accumulators of O together, over all panels of an item.
+constexpr size_t kMaxPanelFloats = size_t{512} * 1024 / sizeof(float);
+
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+
+// Up to kPanelRows query rows, a lane each. Row r of a KV head is head r % group of the group at query r / group.
+struct Panel {
+  int num_vectors;  // of rows; the last may be padded
+  int num_rows;
+  int64_t first_row;
+  Range queries;
+  int id_min, id_max;  // segment ids present
+  float* q;            // [D][num_vectors * kLanes]
+  float* o;            // [Dv rounded up to kTile][num_vectors * kLanes]
+  float* row_max;      // [kPanelRows] of scores, in the units of the score tile
+  float* row_sum;      // [kPanelRows]
+  float* slope;        // [kPanelRows] ALiBi
+  float* query;        // [kPanelRows] query of the row, relative to queries.begin
+  int32_t* id;         // [kPanelRows] segment
+};
+
+// One work item: some panels of one KV head.
+struct Item {
+  Operand q, k, v, sinks, alibi_slopes, q_segment_ids, kv_segment_ids, out, lse;  // `data` at the item's problem and head
+  int num_panels;
+  Panel panels[kMaxPanels];
+  float* k_block;  // [kBlockKeys][kRowStride]
+  float* v_block;  // [kBlockKeys][kRowStride]
+  float* scores;   // [kBlockKeys][kPanelRows]: S^T, then P^T
+};
+
+// The keys of a block that a panel works on, relative to the block; outside [full_begin, full_end) a mask applies.
+struct BlockKeys {
+  int begin = 0, end = 0, full_begin = 0, full_end = 0;
+  bool has_segments = false;
+  bool empty() const { return begin >= end; }
+  bool needs_mask() const { return full_begin > begin || full_end < end; }
+};
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Products.
+
+// S^T tile = K Q^T: `k` [kTile][kRowStride], `q` [head_dim][rows], `s` [kTile][rows].
+template <int kVecs>
+HWY_INLINE void qk_tile(const float* HWY_RESTRICT k, const float* HWY_RESTRICT q, int head_dim, float* HWY_RESTRICT s) {
+  const DF d;
+  VF acc[kTile][kVecs];
+  HEED_UNROLL for (int j = 0; j < kTile; ++j) {
+    HEED_UNROLL for (int m = 0; m < kVecs; ++m) acc[j][m] = hn::Zero(d);
+  }
+  for (int x = 0; x < head_dim; ++x) {
+    VF rows[kVecs];
+    HEED_UNROLL for (int m = 0; m < kVecs; ++m) rows[m] = hn::Load(d, q + m * kLanes);
+    HEED_UNROLL for (int j = 0; j < kTile; ++j) {
+      const VF key = hn::Set(d, k[j * kRowStride]);
+      HEED_UNROLL for (int m = 0; m < kVecs; ++m) acc[j][m] = hn::MulAdd(key, rows[m], acc[j][m]);
+    }
+    q += kVecs * kLanes;
+    ++k;
+  }
+  HEED_UNROLL for (int j = 0; j < kTile; ++j) {
+    HEED_UNROLL for (int m = 0; m < kVecs; ++m) hn::Store(acc[j][m], d, s + (j * kVecs + m) * kLanes);
+  }
+}
+
+// O^T tile = O^T * rescale + V^T P^T: `v` [num_keys][kRowStride], of which kTile columns; `p` [num_keys][rows]; `rescale`
+// [rows]; `o` [kTile][rows].
+template <int kVecs>
+HWY_INLINE void pv_tile(const float* HWY_RESTRICT v, const float* HWY_RESTRICT p, int num_keys,
+                        const float* HWY_RESTRICT rescale, float* HWY_RESTRICT o) {
+  const DF d;
+  VF acc[kTile][kVecs];
+  HEED_UNROLL for (int j = 0; j < kTile; ++j) {
+    HEED_UNROLL for (int m = 0; m < kVecs; ++m) {
+      acc[j][m] = hn::Mul(hn::Load(d, o + (j * kVecs + m) * kLanes), hn::Load(d, rescale + m * kLanes));
+    }
+  }
+  for (int t = 0; t < num_keys; ++t) {
+    VF rows[kVecs];
+    HEED_UNROLL for (int m = 0; m < kVecs; ++m) rows[m] = hn::Load(d, p + m * kLanes);
+    HEED_UNROLL for (int j = 0; j < kTile; ++j) {
+      const VF value = hn::Set(d, v[j]);
+      HEED_UNROLL for (int m = 0; m < kVecs; ++m) acc[j][m] = hn::MulAdd(value, rows[m], acc[j][m]);
+    }
+    p += kVecs * kLanes;
+    v += kRowStride;
+  }
+  HEED_UNROLL for (int j = 0; j < kTile; ++j) {
+    HEED_UNROLL for (int m = 0; m < kVecs; ++m) hn::Store(acc[j][m], d, o + (j * kVecs + m) * kLanes);
+  }
+}
+
+// O^T += V^T P^T over kept (query, key) pairs only: where a block of V holds inf or NaN, a weight of 0 is not enough to keep
+// masked keys out. Slow, and only ever runs in blocks that are both masked and not finite.
+template <int kVecs>
+HWY_NOINLINE void pv_kept_pairs(const ForwardPlan& plan, const Item& item, const Panel& panel, Range block,
+                                const BlockKeys& keys, const float* HWY_RESTRICT rescale) {
+  constexpr int kRows = kVecs * kLanes;
+  const auto* kv_ids = static_cast<const int32_t*>(item.kv_segment_ids.data);
+  for (int r = 0; r < panel.num_rows; ++r) {
+    const int64_t query = (panel.first_row + r) / plan.group;
+    for (int x = 0; x < plan.head_dim_v; ++x) panel.o[x * kRows + r] *= rescale[r];
+    for (int t = keys.begin; t < keys.end; ++t) {
+      const int64_t key = block.begin + t;
+      if (!plan.band.keep(query, key)) continue;
+      if (kv_ids != nullptr && !variants::same_segment(panel.id[r], kv_ids[key * item.kv_segment_ids.token])) continue;
+      const float weight = item.scores[t * kRows + r];
+      for (int x = 0; x < plan.head_dim_v; ++x) panel.o[x * kRows + r] += weight * item.v_block[t * kRowStride + x];
+    }
+  }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Scores and softmax, one query row per lane.
+
+// Raw products -> scores in natural units.
+template <int kVecs>
+HWY_NOINLINE void transform_scores(const ForwardPlan& plan, const Item& item, const Panel& panel, Range block,
+                                   const BlockKeys& keys) {
+  const DF d;
+  const VectorMath<DF> math{d};
+  const bool has_alibi = plan.alibi_slopes.data != nullptr;
+  for (int t = keys.begin; t < keys.end; ++t) {
+    // Exact below 2^24: the distance of the panel's first query, plus a small offset per row.
+    const VF distance = hn::Set(d, static_cast<float>(panel.queries.begin + plan.band.offset - (block.begin + t)));
+    HEED_UNROLL for (int m = 0; m < kVecs; ++m) {
+      float* at = item.scores + (t * kVecs + m) * kLanes;
+      VF s = hn::Load(d, at);
+      s = plan.softcap > 0.0f ? score::soft_capped(math, s, plan.scale_over_cap, plan.softcap)
+                              : math.mul(s, math.set(static_cast<float>(plan.scale)));
+      if (has_alibi) {
+        s = score::alibi_biased(math, s, hn::Load(d, panel.slope + m * kLanes),
+                                hn::Add(hn::Load(d, panel.query + m * kLanes), distance));
+      }
+      hn::Store(s, d, at);
+    }
+  }
+}
+
+// Writes -inf over masked scores.
+template <int kVecs>
+HWY_NOINLINE void mask_scores(const ForwardPlan& plan, const Item& item, const Panel& panel, Range block,
+                              const BlockKeys& keys) {
+  const DF d;
+  const DI di;
+  const auto* kv_ids = static_cast<const int32_t*>(item.kv_segment_ids.data);
+  const VF minus_infinity = hn::Set(d, -kInfinity);
+  for (int t = keys.begin; t < keys.end; ++t) {
+    if (t == keys.full_begin && t < keys.full_end) t = keys.full_end;
+    if (t >= keys.end) break;
+    const int64_t key = block.begin + t;
+    // The rows that see this key are consecutive.
+    const Range queries = intersect(plan.band.queries_of(key), panel.queries);
+    const auto first = static_cast<int32_t>(
+        std::clamp<int64_t>(queries.begin * plan.group - panel.first_row, 0, kPanelRows));
+    const auto last = static_cast<int32_t>(
+        std::clamp<int64_t>(queries.end * plan.group - panel.first_row, 0, kPanelRows));
+    HEED_UNROLL for (int m = 0; m < kVecs; ++m) {
+      const auto row = hn::Iota(di, m * kLanes);
+      auto keep = hn::AndNot(hn::Lt(row, hn::Set(di, first)), hn::Lt(row, hn::Set(di, last)));
+      if (keys.has_segments) {
+        keep = hn::And(keep, hn::Eq(hn::Load(di, panel.id + m * kLanes),
+                                    hn::Set(di, kv_ids[key * item.kv_segment_ids.token])));
+      }
+      float* at = item.scores + (t * kVecs + m) * kLanes;
+      hn::Store(hn::IfThenElse(hn::RebindMask(d, keep), hn::Load(d, at), minus_infinity), d, at);
+    }
+  }
+}
+
+// Online softmax: scores -> weights exp2((score - max) * exponent_scale), row statistics updated; `rescale` [rows] is what the
+// accumulators so far must be multiplied with.
+template <int kVecs>
+HWY_NOINLINE void softmax(float* HWY_RESTRICT scores, int begin, int end, float exponent_scale,
+                          float* HWY_RESTRICT row_max, float* HWY_RESTRICT row_sum, float* HWY_RESTRICT rescale) {
+  const DF d;
+  VF max[kVecs];
+  HEED_UNROLL for (int m = 0; m < kVecs; ++m) max[m] = hn::Load(d, row_max + m * kLanes);
+  for (int t = begin; t < end; ++t) {
+    HEED_UNROLL for (int m = 0; m < kVecs; ++m) {
+      max[m] = hn::Max(max[m], hn::Load(d, scores + (t * kVecs + m) * kLanes));
+    }
+  }
+  const VF factor = hn::Set(d, exponent_scale);
+  VF shift[kVecs];
+  VF sum[kVecs];
+  HEED_UNROLL for (int m = 0; m < kVecs; ++m) {
+    // A row that has seen no key yet must not calculate -inf - -inf.
+    shift[m] = hn::IfThenZeroElse(hn::Eq(max[m], hn::Set(d, -kInfinity)), max[m]);
+    const VF shrink = exp2_nonpositive(d, hn::Mul(hn::Sub(hn::Load(d, row_max + m * kLanes), shift[m]), factor));
+    hn::Store(max[m], d, row_max + m * kLanes);
+    hn::Store(shrink, d, rescale + m * kLanes);
+    sum[m] = hn::Mul(hn::Load(d, row_sum + m * kLanes), shrink);
+  }
+  for (int t = begin; t < end; ++t) {
+    HEED_UNROLL for (int m = 0; m < kVecs; ++m) {
+      float* at = scores + (t * kVecs + m) * kLanes;
+      const VF weight = exp2_nonpositive(d, hn::Mul(hn::Sub(hn::Load(d, at), shift[m]), factor));
+      hn::Store(weight, d, at);
+      sum[m] = hn::Add(sum[m], weight);
+    }
+  }
+  HEED_UNROLL for (int m = 0; m < kVecs; ++m) hn::Store(sum[m], d, row_sum + m * kLanes);
+}
+
+// One panel against the packed block.
+template <int kVecs>
+HWY_NOINLINE void attend_block(const ForwardPlan& plan, const Item& item, const Panel& panel, Range block,
+                               const BlockKeys& keys, bool is_v_finite) {
+  constexpr int kRows = kVecs * kLanes;
+  HWY_ALIGN float rescale[kRows];
+  for (int t = keys.begin / kTile * kTile; t < keys.end; t += kTile) {
+    qk_tile<kVecs>(item.k_block + t * kRowStride, panel.q, plan.head_dim_qk, item.scores + t * kRows);
+  }
+  constexpr double kLog2E = 1.4426950408889634;
+  double exponent_scale = plan.scale * kLog2E;
+  if (plan.has_score_transform) {
+    transform_scores<kVecs>(plan, item, panel, block, keys);
+    exponent_scale = kLog2E;
+  }
+  if (keys.needs_mask()) mask_scores<kVecs>(plan, item, panel, block, keys);
+  softmax<kVecs>(item.scores, keys.begin, keys.end, static_cast<float>(exponent_scale), panel.row_max, panel.row_sum,
+                 rescale);
+  if (keys.needs_mask() && !is_v_finite) {
+    pv_kept_pairs<kVecs>(plan, item, panel, block, keys, rescale);
+    return;
+  }
+  for (int x = 0; x < plan.head_dim_v; x += kTile) {
+    pv_tile<kVecs>(item.v_block + keys.begin * kRowStride + x, item.scores + keys.begin * kRows,
+                   keys.end - keys.begin, rescale, panel.o + x * kRows);
+  }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Packing.
+
+// `row`: `count` stored elements, `stride` apart -> `to` [count] floats.
+template <class Storage>
+HWY_INLINE void load_row(const typename Storage::Stored* HWY_RESTRICT row, int64_t stride, int count,
+                         float* HWY_RESTRICT to) {
+  typename Storage::Stored gathered[kMaxHeadDim];
+  if (stride != 1) {
+    for (int x = 0; x < count; ++x) gathered[x] = row[x * stride];
+    row = gathered;
+  }
+  for_vectors(DF(), static_cast<size_t>(count), [&](auto d, size_t x) HWY_ATTR {
+    hn::StoreU(Storage::load(d, row + x), d, to + x);
+  });
+}
+
+template <class Storage>
+HWY_INLINE void store_row(const float* HWY_RESTRICT from, int count, typename Storage::Stored* HWY_RESTRICT row,
+                          int64_t stride) {
+  typename Storage::Stored gathered[kMaxHeadDim];
+  auto* HWY_RESTRICT to = stride == 1 ? row : gathered;
+  for_vectors(DF(), static_cast<size_t>(count), [&](auto d, size_t x) HWY_ATTR {
+    Storage::store(hn::LoadU(d, from + x), d, to + x);
+  });
+  if (stride != 1) {
+    for (int x = 0; x < count; ++x) row[x * stride] = gathered[x];
+  }
+}
+
+// Rows [begin, end) of K or V -> `packed` [..][kRowStride]. Rows and columns that only pad a tile keep what they held: their
+// products are never read.
+template <class Storage>
+HWY_NOINLINE void pack_block(const Operand& operand, Range rows, int head_dim, float* HWY_RESTRICT packed) {
+  const auto* data = static_cast<const typename Storage::Stored*>(operand.data);
+  for (int64_t row = rows.begin; row < rows.end; ++row) {
+    load_row<Storage>(data + row * operand.token, operand.dim, head_dim, packed);
+    packed += kRowStride;
+  }
+}
+
+HWY_NOINLINE bool is_finite(const float* HWY_RESTRICT packed, int num_rows, int head_dim) {
+  float sum = 0.0f;
+  for (int t = 0; t < num_rows; ++t) {
+    for_vectors(DF(), static_cast<size_t>(head_dim), [&](auto d, size_t x) HWY_ATTR {
+      const auto zeros = hn::Mul(hn::LoadU(d, packed + t * kRowStride + x), hn::Zero(d));
+      if (!hn::AllTrue(d, hn::Eq(zeros, hn::Zero(d)))) sum = 1.0f;
+    });
+  }
+  return sum == 0.0f;
+}
+
+template <class Storage>
+HWY_NOINLINE void pack_panel(const ForwardPlan& plan, const Item& item, Panel& panel) {
+  const int rows = panel.num_vectors * kLanes;
+  std::fill_n(panel.row_max, kPanelRows, -kInfinity);
+  std::fill_n(panel.row_sum, kPanelRows, 0.0f);
+  std::fill_n(panel.o, static_cast<size_t>(rows) * ((plan.head_dim_v + kTile - 1) / kTile * kTile), 0.0f);
+  const auto* q = static_cast<const typename Storage::Stored*>(item.q.data);
+  const auto* slopes = static_cast<const float*>(item.alibi_slopes.data);
+  const auto* ids = static_cast<const int32_t*>(item.q_segment_ids.data);
+  HWY_ALIGN float row[kMaxHeadDim];
+  for (int r = 0; r < rows; ++r) {
+    // Padding lanes repeat the last row: they calculate something harmless that is never stored.
+    const int64_t index = panel.first_row + std::min(r, panel.num_rows - 1);
+    const int64_t query = index / plan.group;
+    const int64_t head = index % plan.group;
+    load_row<Storage>(q + query * item.q.token + head * item.q.head, item.q.dim, plan.head_dim_qk, row);
+    const float sign = plan.negates_q ? -1.0f : 1.0f;
+    for (int x = 0; x < plan.head_dim_qk; ++x) panel.q[x * rows + r] = sign * row[x];
+    panel.query[r] = static_cast<float>(query - panel.queries.begin);
+    panel.slope[r] = slopes == nullptr ? 0.0f : slopes[head * item.alibi_slopes.head];
+    panel.id[r] = ids == nullptr ? 0 : ids[query * item.q_segment_ids.token];
+    panel.id_min = r == 0 ? panel.id[r] : std::min(panel.id_min, panel.id[r]);
+    panel.id_max = r == 0 ? panel.id[r] : std::max(panel.id_max, panel.id[r]);
+  }
+}
+
+template <class Storage>
+HWY_NOINLINE void store_panel(const ForwardPlan& plan, const Item& item, const Panel& panel) {
+  const int rows = panel.num_vectors * kLanes;
+  const auto* sinks = static_cast<const float*>(item.sinks.data);
+  auto* out = static_cast<typename Storage::Stored*>(item.out.data);
+  auto* lse = static_cast<float*>(item.lse.data);
+  const double natural = plan.has_score_transform ? 1.0 : plan.scale;
+  HWY_ALIGN float row[kMaxHeadDim];
+  for (int r = 0; r < panel.num_rows; ++r) {
+    const int64_t query = (panel.first_row + r) / plan.group;
+    const int64_t head = (panel.first_row + r) % plan.group;
+    const double sink = sinks == nullptr ? 0.0 : sinks[head * item.sinks.head];
+    const variants::RowEnd end = variants::finish_row(panel.row_max[r] * natural, panel.row_sum[r], sinks != nullptr, sink,
+                                                      [](double x) { return std::exp(x); });
+    const auto out_scale = static_cast<float>(end.out_scale);
+    for (int x = 0; x < plan.head_dim_v; ++x) row[x] = panel.o[x * rows + r] * out_scale;
+    store_row<Storage>(row, plan.head_dim_v, out + query * item.out.token + head * item.out.head, item.out.dim);
+    if (lse != nullptr) {
+      lse[head * item.lse.head + query * item.lse.token] = static_cast<float>(end.top + std::log(end.total));
+    }
+  }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Work items.
+
+struct Tiling {
+  int panels_per_item;
+  int64_t items_per_head;
+};
+
+inline int max_panels(const ForwardPlan& plan) {
+  const size_t floats = static_cast<size_t>(plan.head_dim_qk + plan.head_dim_v + kTile) * kPanelRows;
+  return static_cast<int>(std::clamp<size_t>(kMaxPanelFloats / floats, 1, kMaxPanels));
+}
+
+// As many panels per item as fit, because each item packs K and V once for all of them, unless threads would idle.
+inline Tiling make_tiling(const ForwardPlan& plan, int num_threads) {
+  const int64_t num_panels = (plan.q_len * plan.group + kPanelRows - 1) / kPanelRows;
+  const int64_t all_panels = num_panels * plan.num_problems * plan.num_kv_heads;
+  const int64_t wanted_items = num_threads == 1 ? 1 : 4 * num_threads;
+  const int64_t wanted = std::clamp<int64_t>(all_panels / wanted_items, 1, max_panels(plan));
+  const int64_t items_per_head = (num_panels + wanted - 1) / wanted;
+  return {static_cast<int>((num_panels + items_per_head - 1) / items_per_head), items_per_head};
+}
+
+template <class T>
+inline void advance(Operand& operand, int64_t elements) {
+  if (operand.data != nullptr) operand.data = static_cast<T*>(operand.data) + elements;
+}
+
+// Points the item's operands at problem `problem` (leading axes and batch) and KV head `kv_head`.
+template <class Stored>
+void locate(const ForwardPlan& plan, int64_t problem, int64_t kv_head, Item& item) {
+  item.q = plan.q, item.k = plan.k, item.v = plan.v, item.out = plan.out, item.lse = plan.lse;
+  item.sinks = plan.sinks, item.alibi_slopes = plan.alibi_slopes;
+  item.q_segment_ids = plan.q_segment_ids, item.kv_segment_ids = plan.kv_segment_ids;
+  const int64_t batch = problem % plan.batch;
+  std::array<int64_t, kMaxLeadAxes> lead{};
+  for (int64_t axis = plan.num_lead_axes - 1, rest = problem / plan.batch; axis >= 0; --axis) {
+    lead[axis] = rest % plan.lead_sizes[axis];
+    rest /= plan.lead_sizes[axis];
+  }
+  const auto offset = [&](const Operand& operand, int64_t head) {
+    int64_t elements = batch * operand.batch + head * operand.head;
+    for (int axis = 0; axis < plan.num_lead_axes; ++axis) elements += lead[axis] * operand.lead[axis];
+    return elements;
+  };
+  const int64_t q_head = kv_head * plan.group;
+  advance<Stored>(item.q, offset(item.q, q_head));
+  advance<Stored>(item.k, offset(item.k, kv_head));
+  advance<Stored>(item.v, offset(item.v, kv_head));
+  advance<Stored>(item.out, offset(item.out, q_head));
+  advance<float>(item.lse, offset(item.lse, q_head));
+  advance<float>(item.sinks, offset(item.sinks, q_head));
+  advance<float>(item.alibi_slopes, offset(item.alibi_slopes, q_head));
+  advance<int32_t>(item.q_segment_ids, offset(item.q_segment_ids, 0));
+  advance<int32_t>(item.kv_segment_ids, offset(item.kv_segment_ids, 0));
+}
+
+// Cuts this thread's scratch into the item's buffers, each on a cache line.
+inline size_t carve_scratch(const ForwardPlan& plan, int num_panels, char* base, Item* item) {
+  size_t used = 0;
+  const auto take = [&](size_t count) {
+    void* at = base == nullptr ? nullptr : base + used;
+    used += (count * sizeof(float) + kCacheLineBytes - 1) / kCacheLineBytes * kCacheLineBytes;
+    return at;
+  };
+  Item unused;
+  if (item == nullptr) item = &unused;
+  item->k_block = static_cast<float*>(take(size_t{kBlockKeys} * kRowStride));
+  item->v_block = static_cast<float*>(take(size_t{kBlockKeys} * kRowStride));
+  item->scores = static_cast<float*>(take(size_t{kBlockKeys} * kPanelRows));
+  for (int p = 0; p < num_panels; ++p) {
+    Panel& panel = item->panels[p];
+    panel.q = static_cast<float*>(take(static_cast<size_t>(plan.head_dim_qk) * kPanelRows));
+    panel.o = static_cast<float*>(take(static_cast<size_t>(plan.head_dim_v + kTile) * kPanelRows));
+    panel.row_max = static_cast<float*>(take(kPanelRows));
+    panel.row_sum = static_cast<float*>(take(kPanelRows));
+    panel.slope = static_cast<float*>(take(kPanelRows));
+    panel.query = static_cast<float*>(take(kPanelRows));
+    panel.id = static_cast<int32_t*>(take(kPanelRows));
+  }
+  return used;
+}
+
+// What the panel does in a block: the masks' loop bounds.
+inline BlockKeys keys_in_block(const ForwardPlan& plan, const Item& item, const Panel& panel, Range block) {
+  Range keys = intersect(plan.band.keys_of_any(panel.queries), block);
+  BlockKeys result;
+  if (item.kv_segment_ids.data != nullptr && !keys.empty()) {
+    const auto* ids = static_cast<const int32_t*>(item.kv_segment_ids.data);
+    const auto segments = variants::segment_keys(keys, panel.id_min, panel.id_max, [&](int64_t j) {
+      return ids[j * item.kv_segment_ids.token];
+    });
+    keys = segments.keys;
+    result.has_segments = segments.needs_mask;
+  }
+  if (keys.empty()) return result;
+  result.begin = static_cast<int>(keys.begin - block.begin);
+  result.end = static_cast<int>(keys.end - block.begin);
+  const Range full = intersect(plan.band.keys_of_all(panel.queries), keys);
+  const bool has_full = !full.empty() && !result.has_segments;
+  result.full_begin = has_full ? static_cast<int>(full.begin - block.begin) : result.end;
+  result.full_end = has_full ? static_cast<int>(full.end - block.begin) : result.end;
+  return result;
+}
+
+// All panels of the item against one block of keys.
+template <class Storage>
+void run_block(const ForwardPlan& plan, const Item& item, Range block) {
+  BlockKeys keys[kMaxPanels];
+  int begin = kBlockKeys;
+  int end = 0;
+  bool needs_mask = false;
+  for (int p = 0; p < item.num_panels; ++p) {
+    keys[p] = keys_in_block(plan, item, item.panels[p], block);
+    if (keys[p].empty()) continue;
+    begin = std::min(begin, keys[p].begin);
+    end = std::max(end, keys[p].end);
+    needs_mask = needs_mask || keys[p].needs_mask();
+  }
+  if (begin >= end) return;
+  const Range rows = {block.begin + begin, block.begin + end};
+  pack_block<Storage>(item.k, rows, plan.head_dim_qk, item.k_block + begin * kRowStride);
+  pack_block<Storage>(item.v, rows, plan.head_dim_v, item.v_block + begin * kRowStride);
+  const bool is_v_finite =
+      !needs_mask || is_finite(item.v_block + begin * kRowStride, end - begin, plan.head_dim_v);
+  for (int p = 0; p < item.num_panels; ++p) {
+    if (keys[p].empty()) continue;
+    const Panel& panel = item.panels[p];
+    if (panel.num_vectors == 1) {
+      attend_block<1>(plan, item, panel, block, keys[p], is_v_finite);
+    } else if (kVectors > 2 && panel.num_vectors == 3) {
+      attend_block<kVectors>(plan, item, panel, block, keys[p], is_v_finite);
+    } else {
+      attend_block<2>(plan, item, panel, block, keys[p], is_v_finite);
+    }
+  }
+}
+
+template <class Storage>
+void run_item(const ForwardPlan& plan, const Tiling& tiling, int64_t index) {
+  // Heads one after the other, so that one head's K and V stay in the outer caches; where the right side is masked, a head's
+  // last rows, which see the most keys, first.
+  const int64_t head_index = index / tiling.items_per_head;
+  int64_t row_block = index % tiling.items_per_head;
+  if (plan.band.right != variants::Band::kUnbounded) row_block = tiling.items_per_head - 1 - row_block;
+
+  Item item;
+  locate<typename Storage::Stored>(plan, head_index / plan.num_kv_heads, head_index % plan.num_kv_heads, item);
+  const size_t scratch_bytes = carve_scratch(plan, tiling.panels_per_item, nullptr, nullptr);
+  carve_scratch(plan, tiling.panels_per_item, static_cast<char*>(thread_scratch(scratch_bytes)), &item);
+
+  const int64_t num_rows = plan.q_len * plan.group;
+  int64_t row = row_block * tiling.panels_per_item * kPanelRows;
+  Range item_keys = {plan.kv_len, 0};
+  item.num_panels = 0;
+  for (; item.num_panels < tiling.panels_per_item && row < num_rows; row += kPanelRows) {
+    Panel& panel = item.panels[item.num_panels++];
+    panel.first_row = row;
+    panel.num_rows = static_cast<int>(std::min<int64_t>(kPanelRows, num_rows - row));
+    panel.num_vectors = (panel.num_rows + kLanes - 1) / kLanes;
+    panel.queries = {row / plan.group, (row + panel.num_rows - 1) / plan.group + 1};
+    pack_panel<Storage>(plan, item, panel);
+    const Range keys = intersect(plan.band.keys_of_any(panel.queries), Range{0, plan.kv_len});
+    if (keys.empty()) continue;
+    item_keys = {std::min(item_keys.begin, keys.begin), std::max(item_keys.end, keys.end)};
+  }
+  // Blocks start at multiples of kBlockKeys whatever the item, so a row's result does not depend on how rows are grouped.
+  for (int64_t begin = item_keys.begin / kBlockKeys * kBlockKeys; begin < item_keys.end; begin += kBlockKeys) {
+    run_block<Storage>(plan, item, Range{begin, std::min<int64_t>(begin + kBlockKeys, plan.kv_len)});
+  }
+  for (int p = 0; p < item.num_panels; ++p) store_panel<Storage>(plan, item, item.panels[p]);
+}
+
+template <class Storage>
+void run(const ForwardPlan& plan, int num_threads) {
+  const Tiling tiling = make_tiling(plan, num_threads);
+  const int64_t num_items = tiling.items_per_head * plan.num_problems * plan.num_kv_heads;
+  // Below some 20 us of work, waking other threads costs more than it gains.
+  const double products = static_cast<double>(plan.num_problems) * plan.num_kv_heads * plan.group * plan.q_len *
+                          plan.kv_len * (plan.head_dim_qk + plan.head_dim_v);
+  parallel_for(num_items, products < 1e6, [&](int64_t index) { run_item<Storage>(plan, tiling, index); });
+}
+
+void attention_fwd_run(const ForwardPlan& plan, int num_threads) {
+  switch (plan.dtype) {
+    case DType::kFloat32:
+      return run<Float32>(plan, num_threads);
+    case DType::kFloat16:
+      return run<Float16>(plan, num_threads);
+    case DType::kBFloat16:
+      return run<BFloat16>(plan, num_threads);
+    case DType::kInt32:
+      return;  // validated away
+  }
+}
+
+}  // namespace heed::cpu::HWY_NAMESPACE
+HWY_AFTER_NAMESPACE();
+
+#endif  // HEED_CPU_ATTENTION_FWD_INL_H_

@@ -1,0 +1,139 @@
+// Rows between storage (float32, float16, bfloat16) and float32. Exact on every instruction set, subnormals included;
+// narrowing rounds to nearest even and keeps NaN.
+#include "cpu/simd.h"
+#include "hwy/highway.h"
+
+#if defined(HEED_CPU_CONVERT_INL_H_) == defined(HWY_TARGET_TOGGLE)
+#ifdef HEED_CPU_CONVERT_INL_H_
+#undef HEED_CPU_CONVERT_INL_H_
+#else
+#define HEED_CPU_CONVERT_INL_H_
+#endif
+
+#include <cstddef>
+#include <cstdint>
+
+// Highway's own float16 conversions are exact where they are instructions (F16C, NEON); its software ones are not.
+#undef HEED_NATIVE_FLOAT16
+#if HWY_TARGET == HWY_AVX2 || HWY_TARGET == HWY_AVX3 || HWY_TARGET == HWY_AVX3_DL || HWY_TARGET == HWY_NEON
+#define HEED_NATIVE_FLOAT16 1
+#else
+#define HEED_NATIVE_FLOAT16 0
+#endif
+
+HWY_BEFORE_NAMESPACE();
+namespace heed::cpu::HWY_NAMESPACE {
+namespace hn = hwy::HWY_NAMESPACE;
+
+// Storage types. Each has load(d, p): Lanes(d) elements as floats, and store(v, d, p).
+struct Float32 {
+  using Stored = float;
+  template <class D>
+  static HWY_INLINE hn::Vec<D> load(D d, const Stored* HWY_RESTRICT from) {
+    return hn::LoadU(d, from);
+  }
+  template <class D>
+  static HWY_INLINE void store(hn::Vec<D> v, D d, Stored* HWY_RESTRICT to) {
+    hn::StoreU(v, d, to);
+  }
+};
+
+struct BFloat16 {
+  using Stored = uint16_t;
+  template <class D>
+  static HWY_INLINE hn::Vec<D> load(D d, const Stored* HWY_RESTRICT from) {
+    const hn::RebindToUnsigned<D> du;
+    const hn::Rebind<uint16_t, D> du16;
+    return hn::BitCast(d, hn::ShiftLeft<16>(hn::PromoteTo(du, hn::LoadU(du16, from))));
+  }
+  template <class D>
+  static HWY_INLINE void store(hn::Vec<D> v, [[maybe_unused]] D d, Stored* HWY_RESTRICT to) {
+    const hn::RebindToUnsigned<D> du;
+    const hn::RebindToSigned<D> di;
+    const hn::Rebind<uint16_t, D> du16;
+    const auto bits = hn::BitCast(du, v);
+    const auto is_odd = hn::And(hn::ShiftRight<16>(bits), hn::Set(du, 1u));
+    const auto rounded = hn::ShiftRight<16>(hn::Add(bits, hn::Add(is_odd, hn::Set(du, 0x7FFFu))));
+    const auto quiet_nan = hn::Or(hn::ShiftRight<16>(bits), hn::Set(du, 0x40u));
+    const auto is_nan = hn::RebindMask(du, hn::Ne(v, v));
+    hn::StoreU(hn::DemoteTo(du16, hn::BitCast(di, hn::IfThenElse(is_nan, quiet_nan, rounded))), du16, to);
+  }
+};
+
+struct Float16 {
+  using Stored = uint16_t;
+  template <class D>
+  static HWY_INLINE hn::Vec<D> load(D d, const Stored* HWY_RESTRICT from) {
+    const hn::Rebind<uint16_t, D> du16;
+    const auto half = hn::LoadU(du16, from);
+#if HEED_NATIVE_FLOAT16
+    return hn::PromoteTo(d, hn::BitCast(hn::Rebind<hwy::float16_t, D>(), half));
+#else
+    const hn::RebindToUnsigned<D> du;
+    const hn::RebindToSigned<D> di;
+    const auto bits = hn::PromoteTo(du, half);
+    const auto magnitude = hn::And(bits, hn::Set(du, 0x7FFFu));
+    const auto sign = hn::ShiftLeft<16>(hn::Xor(bits, magnitude));
+    const auto shifted = hn::ShiftLeft<13>(magnitude);
+    const auto normal = hn::Add(shifted, hn::Set(du, 112u << 23));
+    const auto inf_or_nan = hn::Or(shifted, hn::Set(du, 0x7F800000u));
+    // A subnormal half is an integer times 2^-24, which is a normal float: DAZ and FTZ do not matter.
+    const auto subnormal =
+        hn::BitCast(du, hn::Mul(hn::ConvertTo(d, hn::BitCast(di, magnitude)), hn::Set(d, 0x1p-24f)));
+    const auto signed_magnitude = hn::BitCast(di, magnitude);
+    const auto is_subnormal = hn::RebindMask(du, hn::Lt(signed_magnitude, hn::Set(di, 0x400)));
+    const auto is_special = hn::RebindMask(du, hn::Gt(signed_magnitude, hn::Set(di, 0x7BFF)));
+    const auto finite = hn::IfThenElse(is_subnormal, subnormal, normal);
+    return hn::BitCast(d, hn::Or(hn::IfThenElse(is_special, inf_or_nan, finite), sign));
+#endif
+  }
+  template <class D>
+  static HWY_INLINE void store(hn::Vec<D> v, [[maybe_unused]] D d, Stored* HWY_RESTRICT to) {
+    const hn::Rebind<uint16_t, D> du16;
+#if HEED_NATIVE_FLOAT16
+    hn::StoreU(hn::BitCast(du16, hn::DemoteTo(hn::Rebind<hwy::float16_t, D>(), v)), du16, to);
+#else
+    const hn::RebindToUnsigned<D> du;
+    const hn::RebindToSigned<D> di;
+    const auto magnitude = hn::BitCast(du, hn::Abs(v));
+    const auto sign = hn::ShiftRight<16>(hn::Xor(hn::BitCast(du, v), magnitude));
+    // Normal: rebias the exponent, round at bit 13. A carry out of the mantissa is the next exponent, or infinity.
+    const auto is_odd = hn::And(hn::ShiftRight<13>(magnitude), hn::Set(du, 1u));
+    const auto rebiased = hn::Sub(hn::Add(magnitude, hn::Add(is_odd, hn::Set(du, 0xFFFu))), hn::Set(du, 112u << 23));
+    const auto normal = hn::ShiftRight<13>(rebiased);
+    // Subnormal: in [0.5, 1) one ulp of a float is 2^-24, the step of subnormal halves, so the addition rounds.
+    const auto half = hn::Set(d, 0.5f);
+    const auto subnormal = hn::Sub(hn::BitCast(du, hn::Add(hn::Abs(v), half)), hn::BitCast(du, half));
+    const auto quiet_nan =
+        hn::Or(hn::Set(du, 0x7E00u), hn::And(hn::ShiftRight<13>(magnitude), hn::Set(du, 0x3FFu)));
+    const auto signed_magnitude = hn::BitCast(di, magnitude);
+    const auto is_subnormal = hn::RebindMask(du, hn::Lt(signed_magnitude, hn::Set(di, 113 << 23)));
+    const auto is_overflow = hn::RebindMask(du, hn::Gt(signed_magnitude, hn::Set(di, 0x477FEFFF)));  // >= 65520
+    const auto is_nan = hn::RebindMask(du, hn::Ne(v, v));
+    auto result = hn::IfThenElse(is_subnormal, subnormal, normal);
+    result = hn::IfThenElse(is_overflow, hn::Set(du, 0x7C00u), result);
+    result = hn::IfThenElse(is_nan, quiet_nan, result);
+    hn::StoreU(hn::DemoteTo(du16, hn::BitCast(di, hn::Or(result, sign))), du16, to);
+#endif
+  }
+};
+
+// Calls op(d, index) on vectors that cover [0, count). The last one may overlap the one before it; below one vector it is
+// one element at a time.
+template <class D, class Op>
+HWY_INLINE void for_vectors(D d, size_t count, const Op& op) {
+  const size_t lanes = hn::Lanes(d);
+  if (count < lanes) {
+    const hn::CappedTag<hn::TFromD<D>, 1> d1;
+    for (size_t i = 0; i < count; ++i) op(d1, i);
+    return;
+  }
+  size_t i = 0;
+  for (; i + lanes <= count; i += lanes) op(d, i);
+  if (i < count) op(d, count - lanes);
+}
+
+}  // namespace heed::cpu::HWY_NAMESPACE
+HWY_AFTER_NAMESPACE();
+
+#endif  // HEED_CPU_CONVERT_INL_H_

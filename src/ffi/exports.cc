@@ -1,0 +1,179 @@
+// Every TVM-FFI export. Functions take DLPack tensors of any framework and only run: no allocation of tensor memory here.
+#include <dlpack/dlpack.h>
+#include <tvm/ffi/container/array.h>
+#include <tvm/ffi/container/map.h>
+#include <tvm/ffi/tvm_ffi.h>
+
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "core/dtype.h"
+#include "ops/attention_fwd.h"
+
+namespace {
+
+namespace ffi = tvm::ffi;
+
+// Runs `body` and turns heed's errors into TVM-FFI errors of the kind that Python users expect.
+template <class Body>
+int guarded(const Body& body) {
+  try {
+    body();
+    return 0;
+  } catch (const heed::UnsupportedError& error) {
+    TVMFFIErrorSetRaisedFromCStr("heed.UnsupportedError", error.what());
+  } catch (const heed::ValueError& error) {
+    TVMFFIErrorSetRaisedFromCStr("ValueError", error.what());
+  } catch (const heed::TypeError& error) {
+    TVMFFIErrorSetRaisedFromCStr("TypeError", error.what());
+  } catch (const ffi::Error& error) {
+    ffi::detail::SetSafeCallRaised(error);
+  } catch (const std::exception& error) {
+    TVMFFIErrorSetRaisedFromCStr("RuntimeError", error.what());
+  }
+  return -1;
+}
+
+// The bytes of a string argument, without a copy.
+std::string_view string_argument(const TVMFFIAny& argument, const char* name) {
+  switch (argument.type_index) {
+    case kTVMFFIRawStr:
+      return argument.v_c_str;
+    case kTVMFFISmallStr:
+      return {argument.v_bytes, argument.small_str_len};
+    case kTVMFFIStr: {
+      const TVMFFIByteArray* bytes = TVMFFIBytesGetByteArrayPtr(argument.v_obj);
+      return {bytes->data, bytes->size};
+    }
+    default:
+      throw heed::TypeError(std::string(name) + ": got another type, expected a string");
+  }
+}
+
+heed::DType dtype_of(const DLTensor& tensor, heed::DType expected, std::string_view name) {
+  const DLDataType& dtype = tensor.dtype;
+  if (dtype.lanes == 1) {
+    if (dtype.code == kDLFloat && dtype.bits == 32) return heed::DType::kFloat32;
+    if (dtype.code == kDLFloat && dtype.bits == 16) return heed::DType::kFloat16;
+    if (dtype.code == kDLBfloat && dtype.bits == 16) return heed::DType::kBFloat16;
+    if (dtype.code == kDLInt && dtype.bits == 32) return heed::DType::kInt32;
+    // Frameworks whose DLPack has no bfloat16 pass its bits.
+    if (dtype.code == kDLUInt && dtype.bits == 16 && expected == heed::DType::kBFloat16) return expected;
+  }
+  throw heed::TypeError(std::string(name) + ": got a dtype with DLPack code " + std::to_string(dtype.code) + " and " +
+                        std::to_string(dtype.bits) + " bits, expected " + std::string(heed::info(expected).name));
+}
+
+heed::TensorView view_argument(const TVMFFIAny& argument, heed::DType expected, std::string_view name) {
+  const DLTensor* tensor = nullptr;
+  if (argument.type_index == kTVMFFIDLTensorPtr) tensor = static_cast<const DLTensor*>(argument.v_ptr);
+  if (argument.type_index == kTVMFFITensor) tensor = TVMFFITensorGetDLTensorPtr(argument.v_obj);
+  if (tensor == nullptr) throw heed::TypeError(std::string(name) + ": got no tensor, expected a DLPack tensor");
+  if (tensor->ndim < 0 || tensor->ndim > heed::kMaxRank) {
+    throw heed::ValueError(std::string(name) + ": got rank " + std::to_string(tensor->ndim) + ", expected at most " +
+                           std::to_string(heed::kMaxRank));
+  }
+  heed::TensorView view;
+  view.dtype = dtype_of(*tensor, expected, name);
+  if (tensor->data != nullptr) view.data = static_cast<char*>(tensor->data) + tensor->byte_offset;
+  view.rank = tensor->ndim;
+  int64_t contiguous_stride = 1;
+  for (int i = view.rank - 1; i >= 0; --i) {
+    view.shape[i] = tensor->shape[i];
+    view.strides[i] = tensor->strides != nullptr ? tensor->strides[i] : contiguous_stride;
+    contiguous_stride *= tensor->shape[i];
+  }
+  const bool is_cpu = tensor->device.device_type == kDLCPU;
+  const bool is_cuda = tensor->device.device_type == kDLCUDA;
+  if (!is_cpu && !is_cuda) {
+    throw heed::ValueError(std::string(name) + ": got DLPack device type " +
+                           std::to_string(tensor->device.device_type) + ", expected a CPU or CUDA tensor");
+  }
+  view.device = {is_cpu ? heed::DeviceType::kCpu : heed::DeviceType::kCuda, tensor->device.device_id};
+  return view;
+}
+
+bool is_on_cpu(const TVMFFIAny& argument) {
+  return view_argument(argument, heed::DType::kBFloat16, "q").device.type == heed::DeviceType::kCpu;
+}
+
+// attention_fwd(problem, *inputs, *outputs): the operands that the problem's text names, in its order, then out[, lse].
+void attention_fwd(const TVMFFIAny* args, int32_t num_args) {
+  if (num_args < 2) throw heed::TypeError("attention_fwd: got too few arguments, expected a problem and its tensors");
+  const std::string_view text = string_argument(args[0], "problem");
+  static const heed::Target kCpuTarget = heed::parse_target("cpu");
+  static const heed::Target kCudaTarget = heed::parse_target("cuda");
+  const auto prepared = heed::prepare_attention_fwd(text, is_on_cpu(args[1]) ? kCpuTarget : kCudaTarget);
+  const heed::AttentionProblem& problem = prepared->problem;
+
+  int num_expected = 2 + (problem.wants_lse ? 1 : 0);
+  for (const heed::TensorSpec& spec : problem.operands) num_expected += spec.present ? 1 : 0;
+  if (num_args != num_expected) {
+    throw heed::TypeError("attention_fwd: got " + std::to_string(num_args) + " arguments, expected " +
+                          std::to_string(num_expected) + " for this problem");
+  }
+  heed::AttentionForwardArgs views;
+  heed::TensorView* const inputs[heed::kNumAttentionInputs] = {
+      &views.q, &views.k, &views.v, &views.sinks, &views.alibi_slopes, &views.q_segment_ids, &views.kv_segment_ids};
+  int next = 1;
+  for (int i = 0; i < heed::kNumAttentionInputs; ++i) {
+    const heed::TensorSpec& spec = problem.operands[i];
+    if (!spec.present) continue;
+    *inputs[i] =
+        view_argument(args[next++], heed::find_dtype(spec.dtype)->dtype, heed::kAttentionOperandNames[i]);
+  }
+  views.out = view_argument(args[next++], problem.dtype, "out");
+  if (problem.wants_lse) views.lse = view_argument(args[next++], heed::DType::kFloat32, "lse");
+  heed::run_attention_fwd(*prepared, views);
+}
+
+ffi::Array<int64_t> to_array(const std::vector<int64_t>& values) { return {values.begin(), values.end()}; }
+
+// attention_fwd_resolve(problem, target) -> map: what the call would return and which kernel would serve it.
+ffi::Map<ffi::String, ffi::Any> attention_fwd_resolve(std::string_view text, std::string_view target_name) {
+  const heed::AttentionProblem problem = heed::validate(heed::parse_attention_request(text));
+  const heed::AttentionFwdResolution resolution = heed::resolve(problem, heed::parse_target(target_name));
+  ffi::Array<ffi::Any> candidates;
+  for (const heed::Candidate& candidate : resolution.candidates) {
+    candidates.push_back(ffi::Array<ffi::String>{candidate.name, candidate.backend, candidate.reason});
+  }
+  const bool is_served = resolution.chosen != nullptr;
+  return {{"out_shape", to_array(problem.out_shape())},
+          {"lse_shape", to_array(problem.lse_shape())},
+          {"out_dtype", ffi::String(std::string(heed::info(problem.dtype).name))},
+          {"chosen", ffi::String(is_served ? std::string(resolution.chosen->name) : "")},
+          {"workspace_bytes", resolution.workspace_bytes},
+          {"candidates", candidates}};
+}
+
+ffi::Array<ffi::String> cpu_targets() {
+  ffi::Array<ffi::String> names;
+  for (const std::string& name : heed::cpu_targets()) names.push_back(name);
+  return names;
+}
+
+}  // namespace
+
+extern "C" {
+
+TVM_FFI_DLL_EXPORT int __tvm_ffi_attention_fwd(void* /*self*/, const TVMFFIAny* args, int32_t num_args,
+                                               TVMFFIAny* /*result*/) {
+  return guarded([&] { attention_fwd(args, num_args); });
+}
+
+TVM_FFI_DLL_EXPORT int __tvm_ffi_attention_fwd_resolve(void* /*self*/, const TVMFFIAny* args, int32_t num_args,
+                                                       TVMFFIAny* result) {
+  return guarded([&] {
+    if (num_args != 2) throw heed::TypeError("attention_fwd_resolve: expected a problem and a target");
+    *reinterpret_cast<ffi::Any*>(result) =
+        attention_fwd_resolve(string_argument(args[0], "problem"), string_argument(args[1], "target"));
+  });
+}
+
+}  // extern "C"
+
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(version, [] { return ffi::String(heed::version()); })
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(cpu_target, [] { return ffi::String(heed::cpu_target()); })
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(cpu_targets, cpu_targets)
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(num_threads, [] { return static_cast<int64_t>(heed::num_threads()); })

@@ -1,0 +1,143 @@
+// Attention forward: validate -> resolve -> plan -> launch.
+#include "ops/attention_fwd.h"
+
+#include <algorithm>
+#include <cstdint>
+
+#include "core/dtype.h"
+#include "core/text_table.h"
+#include "cpu/attention_fwd.h"
+
+namespace heed {
+namespace {
+
+// The GPU families have a row each, so that a caller learns why they do not serve; this build contains none of them.
+template <int kMinSm>
+std::string gpu_declines(const AttentionProblem& /*problem*/, const Target& target) {
+  if (target.is_cpu) return "needs an NVIDIA GPU (sm_" + std::to_string(kMinSm) + " or newer), and the target is cpu";
+  return "this version of heed has no GPU kernels";
+}
+
+constexpr AttentionFwdKernel kKernels[] = {
+    {"sm90_attention_fwd", Backend::kSm90, "sm90", gpu_declines<90>, nullptr},
+    {"sm80_attention_fwd", Backend::kSm80, "sm80", gpu_declines<80>, nullptr},
+    {"cpu_attention_fwd", Backend::kCpu, "cpu", cpu::attention_fwd_declines, cpu::attention_fwd},
+};
+
+const TensorView& operand(const AttentionForwardArgs& args, int index) {
+  const TensorView* const views[kNumAttentionInputs] = {
+      &args.q, &args.k, &args.v, &args.sinks, &args.alibi_slopes, &args.q_segment_ids, &args.kv_segment_ids};
+  return *views[index];
+}
+
+AttentionRequest make_request(const AttentionForwardArgs& args, const AttentionOptions& options) {
+  AttentionRequest request;
+  request.options = options;
+  request.wants_lse = args.lse.defined();
+  for (int i = 0; i < kNumAttentionInputs; ++i) {
+    const TensorView& view = operand(args, i);
+    if (!view.defined()) continue;
+    if (view.rank > kMaxRank) throw ValueError(std::string(kAttentionOperandNames[i]) + ": rank above kMaxRank");
+    request.operands[i] = {std::string(info(view.dtype).name),
+                           {view.shape.begin(), view.shape.begin() + view.rank},
+                           true};
+  }
+  return request;
+}
+
+std::string show(const TensorView& view) {
+  std::string text = std::string(info(view.dtype).name) + " [";
+  for (int i = 0; i < view.rank; ++i) text += (i == 0 ? "" : ", ") + std::to_string(view.shape[i]);
+  return text + "]";
+}
+
+// One view's dtype, shape and memory against what the problem says.
+void check_view(std::string_view name, const TensorView& view, DType dtype, const std::vector<int64_t>& shape,
+                Device device, bool is_output) {
+  const std::string tensor(name);
+  bool is_same_shape = view.rank == static_cast<int>(shape.size());
+  bool is_empty = false;
+  for (int i = 0; is_same_shape && i < view.rank; ++i) {
+    is_same_shape = view.shape[i] == shape[i];
+    is_empty = is_empty || shape[i] == 0;
+  }
+  if (!is_same_shape || view.dtype != dtype) {
+    TensorView expected;
+    expected.rank = static_cast<int>(shape.size());
+    expected.dtype = dtype;
+    std::copy(shape.begin(), shape.end(), expected.shape.begin());
+    const std::string message =
+        tensor + ": got " + (view.defined() ? show(view) : "nothing") + ", expected " + show(expected);
+    if (is_same_shape) throw TypeError(message);
+    throw ValueError(message);
+  }
+  if (!(view.device == device)) throw ValueError(tensor + ": got another device than q, expected the device of q");
+  if (is_empty) return;
+  if (view.data == nullptr) throw ValueError(tensor + ": got a null pointer, expected memory");
+  const int64_t size_bytes = info(dtype).size_bytes;
+  if (reinterpret_cast<uintptr_t>(view.data) % static_cast<uintptr_t>(size_bytes) != 0) {
+    throw ValueError(tensor + ": got a misaligned pointer, expected one aligned to " + std::to_string(size_bytes) +
+                     " bytes");
+  }
+  for (int i = 0; is_output && i < view.rank; ++i) {
+    if (view.strides[i] == 0 && view.shape[i] > 1) {
+      throw ValueError(tensor + ": got stride 0 on axis " + std::to_string(i) + ", expected distinct output elements");
+    }
+  }
+}
+
+void check_views(const AttentionProblem& problem, const AttentionForwardArgs& args) {
+  for (int i = 0; i < kNumAttentionInputs; ++i) {
+    const TensorSpec& spec = problem.operands[i];
+    if (!spec.present) continue;
+    check_view(kAttentionOperandNames[i], operand(args, i), find_dtype(spec.dtype)->dtype, spec.shape, args.q.device,
+               false);
+  }
+  check_view("out", args.out, problem.dtype, problem.out_shape(), args.q.device, true);
+  if (problem.wants_lse) check_view("lse", args.lse, DType::kFloat32, problem.lse_shape(), args.q.device, true);
+}
+
+const AttentionFwdKernel* require_kernel(const AttentionFwdResolution& resolution, const AttentionRequest& request,
+                                         const Target& target) {
+  if (resolution.chosen != nullptr) return resolution.chosen;
+  std::string message = "no kernel serves this attention forward on target " + target.name + ":";
+  for (const Candidate& candidate : resolution.candidates) {
+    message += "\n  " + candidate.name + ": " + candidate.reason;
+  }
+  throw UnsupportedError(message + "\n  problem: " + to_text(request), resolution.candidates);
+}
+
+}  // namespace
+
+AttentionFwdResolution resolve(const AttentionProblem& problem, const Target& target) {
+  return resolve_in(kKernels, problem, target);
+}
+
+std::shared_ptr<const PreparedAttentionFwd> prepare_attention_fwd(std::string_view text, const Target& target) {
+  static TextTable<PreparedAttentionFwd> tables[2];  // one for the CPU, one for GPUs
+  TextTable<PreparedAttentionFwd>& table = tables[target.is_cpu ? 0 : 1];
+  if (std::shared_ptr<const PreparedAttentionFwd> known = table.find(text)) return known;
+  const AttentionRequest request = parse_attention_request(text);
+  PreparedAttentionFwd prepared{validate(request), nullptr};
+  prepared.kernel = require_kernel(resolve(prepared.problem, target), request, target);
+  return table.insert(text, std::make_shared<const PreparedAttentionFwd>(std::move(prepared)));
+}
+
+void run_attention_fwd(const PreparedAttentionFwd& prepared, const AttentionForwardArgs& args) {
+  check_views(prepared.problem, args);
+  prepared.kernel->run(prepared.problem, args);
+}
+
+void attention_forward(const AttentionForwardArgs& args, const AttentionOptions& options) {
+  // 1. Validate.
+  const AttentionRequest request = make_request(args, options);
+  PreparedAttentionFwd prepared{validate(request), nullptr};
+  // 2. Resolve.
+  const Target target = parse_target(args.q.device.type == DeviceType::kCpu ? "cpu" : "cuda");
+  prepared.kernel = require_kernel(resolve(prepared.problem, target), request, target);
+  // 3. Plan: the CPU kernel derives its work items from the problem alone and needs no workspace.
+  // 4. Launch.
+  run_attention_fwd(prepared, args);
+}
+
+}  // namespace heed

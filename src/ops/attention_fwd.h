@@ -1,0 +1,34 @@
+// The attention forward op: resolve, and run a problem that has been resolved.
+#pragma once
+
+#include <memory>
+#include <string_view>
+
+#include "core/problem.h"
+#include "core/registry.h"
+#include "core/target.h"
+#include "heed/heed.h"
+
+namespace heed {
+
+using AttentionFwdKernel = Kernel<AttentionProblem, AttentionForwardArgs>;
+using AttentionFwdResolution = Resolution<AttentionFwdKernel>;
+
+// Picks a kernel for the problem on the target, or none, with every candidate's reason.
+HEED_API AttentionFwdResolution resolve(const AttentionProblem& problem, const Target& target);
+
+// A problem with the kernel that serves it: what a compiled program's text stands for.
+struct PreparedAttentionFwd {
+  AttentionProblem problem;
+  const AttentionFwdKernel* kernel;
+};
+
+// Parses, validates and resolves the text, or finds it among those seen before: one lock-free lookup by the text's bytes.
+// Throws what validation throws, and UnsupportedError. The table keeps a bounded number of texts; past that a text is
+// prepared anew at each call.
+HEED_API std::shared_ptr<const PreparedAttentionFwd> prepare_attention_fwd(std::string_view text, const Target& target);
+
+// Checks the views against the problem (shapes, dtypes, memory) and runs the kernel.
+HEED_API void run_attention_fwd(const PreparedAttentionFwd& prepared, const AttentionForwardArgs& args);
+
+}  // namespace heed
