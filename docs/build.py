@@ -12,15 +12,18 @@ import subprocess
 import sys
 from pathlib import Path
 
-import heed
 import support_table
+
+import heed
 
 DOCS = Path(__file__).resolve().parent
 ROOT = DOCS.parent
 OUTPUT = ROOT / "build" / "docs"
 
-_DIRECTIVE = re.compile(r"^\.\. auto(?:function|class|exception):: heed\.(\w+)$", re.MULTILINE)
-_CPP_NAME = re.compile(r"^(?:HEED_API [\w:<> ]*?\*? ?|(?:enum )?(?:class|struct) (?:HEED_API )?)(\w+)", re.MULTILINE)
+_DIRECTIVE = re.compile(r"^\.\. auto(?:function|class|exception):: heed\.(\w+)(?:\(\))?$", re.MULTILINE)
+_CPP_NAME = re.compile(
+    r"^(?:(?:enum class|class HEED_API|struct) (?P<type>\w+)|HEED_API [^;(]*?(?P<function>\w+)\()", re.MULTILINE
+)
 
 
 def missing_python_pages() -> list[str]:
@@ -43,13 +46,15 @@ def missing_cpp_names() -> list[str]:
     """Public C++ names that docs/api/cpp.md does not mention."""
     page = (DOCS / "api" / "cpp.md").read_text()
     header = (ROOT / "include" / "heed" / "heed.h").read_text()
-    names = _CPP_NAME.findall(header)
-    return [f"heed::{name}: docs/api/cpp.md does not mention it" for name in names if f"`{name}" not in page]
+    names = [match["type"] or match["function"] for match in _CPP_NAME.finditer(header)]
+    return [f"heed::{n}: docs/api/cpp.md does not mention it" for n in names if not re.search(rf"\b{n}\b", page)]
 
 
 def check() -> int:
     """Prints what is missing or out of date; returns the number of problems."""
-    problems = missing_python_pages() + missing_cpp_names() + support_table.stale_files()
+    problems = missing_python_pages() + missing_cpp_names()
+    for path in support_table.outdated():
+        problems.append(f"{path.relative_to(ROOT)}: its support table is out of date: run python docs/support_table.py")
     for problem in problems:
         print(f"docs: {problem}", file=sys.stderr)
     return len(problems)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -94,8 +94,8 @@ def table() -> str:
     for column, target in enumerate(TARGETS):
         if all(row[column] == "no" for row in cells.values()):
             reasons = Call().explain("bfloat16", target).reasons
-            shown = "; ".join(f"`{name}`: {reason}" for name, reason in reasons.items())
-            lines += ["", f"On `{target}` no candidate serves: {shown}."]
+            lines += ["", f"No kernel serves `{target}`:", ""]
+            lines += [f"- `{name}`: {reason}" for name, reason in reasons.items()]
     return "\n".join(lines)
 
 
@@ -107,35 +107,23 @@ def _rewritten(text: str, block: str) -> str:
     return f"{before}{BEGIN}\n\n{block}\n\n{END}{after}"
 
 
-def _each_file(act: Callable[[Path, str], None]) -> None:
+def outdated() -> dict[Path, str]:
+    """What each file whose table is not what `resolve()` answers today should say."""
     block = table()
-    for path in FILES:
-        text = path.read_text()
-        new = _rewritten(text, block)
-        if new != text:
-            act(path, new)
-
-
-def stale_files() -> list[str]:
-    """One line for each file whose table is not what `resolve()` answers today."""
-    problems: list[str] = []
-    _each_file(
-        lambda path, _: problems.append(
-            f"{path.relative_to(ROOT)}: the support table is out of date: run python docs/support_table.py"
-        )
-    )
-    return problems
+    texts = {path: _rewritten(path.read_text(), block) for path in FILES}
+    return {path: text for path, text in texts.items() if text != path.read_text()}
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Writes the support table into README.md and docs/support.md.")
     parser.add_argument("--check", action="store_true", help="only say whether the tables are current")
-    if parser.parse_args().check:
-        problems = stale_files()
-        print("\n".join(problems), file=sys.stderr, end="\n" if problems else "")
-        return 1 if problems else 0
-    _each_file(lambda path, text: print(f"wrote {path.relative_to(ROOT)}", path.write_text(text), "characters"))
-    return 0
+    is_check = parser.parse_args().check
+    found = outdated()
+    for path, text in found.items():
+        if not is_check:
+            path.write_text(text)
+        print(f"{path.relative_to(ROOT)}: the support table {'is out of date' if is_check else 'is now current'}")
+    return 1 if is_check and found else 0
 
 
 if __name__ == "__main__":

@@ -50,11 +50,15 @@ ATTENTIONS: Mapping[str, Attention] = {
 
 
 NOTES = (
-    "Times are medians; the two take turns. A step makes one token from the whole text",
-    "before it: there is no KV cache.",
-    "(1) the attention calls of that step, on its tensors, alone in one program",
+    "Times are medians; the two take turns.",
+    "A step makes one token from the whole text before it: there is no KV cache.",
+    "(1) the attention calls of that step alone, on its tensors; share: (1) over step",
     "(2) max |x - oracle| / max |oracle| in the worst layer; oracle: NumPy, float64",
 )
+
+
+class PromptTooLongError(RuntimeError):
+    """Prompt and answer do not fit into the model's context."""
 
 
 class Model(NamedTuple):
@@ -85,7 +89,7 @@ def load(screen: Screen, prompt_text: str, max_new_tokens: int) -> tuple[Model, 
         config, tokenizer = load_config(reader), load_tokenizer(reader)
     prompt = chat_tokens(tokenizer, prompt_text)
     if len(prompt) + max_new_tokens > config.context_len:
-        raise ValueError(
+        raise PromptTooLongError(
             f"got a prompt of {len(prompt)} tokens and up to {max_new_tokens} new ones, expected at most "
             f"{config.context_len} in all"
         )
@@ -266,7 +270,7 @@ def main() -> int:
     screen = Screen()
     try:
         return run(screen, prompt, arguments.max_tokens, arguments.long_tokens)
-    except (ModelNotFoundError, ValueError) as error:
+    except (ModelNotFoundError, PromptTooLongError) as error:
         screen.line(str(error), style="red")
         return 2
     except KeyboardInterrupt:

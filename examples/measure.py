@@ -66,13 +66,15 @@ def compare(
     attentions: Mapping[str, Attention],
     *,
     num_rounds: int = 5,
+    budget_s: float = 15.0,
     num_checked_layers: int | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Cost]:
     """The costs of each of `attentions` in one forward pass over `tokens`, padded to `capacity`.
 
     The attention calls are timed on the tensors that the model's layers produce from these tokens. Errors are taken
-    over the rows of real tokens, in `num_checked_layers` layers spread over the depth (None: in all).
+    over the rows of real tokens, in `num_checked_layers` layers spread over the depth (None: in all). On a slow machine
+    the rounds end early, after `budget_s` seconds.
     """
     padded, length = pad_to(tokens, capacity), np.int32(len(tokens))
     layers = attention_operands(params, padded, config=config, attention=next(iter(attentions.values())))
@@ -104,11 +106,14 @@ def compare(
 
     step_times: dict[str, list[float]] = {name: [] for name in attentions}
     attention_times: dict[str, list[float]] = {name: [] for name in attentions}
+    start = time.perf_counter()
     for _ in range(num_rounds):
         for name in attentions:
             step_times[name].append(seconds(run_step, name))
             attention_times[name].append(seconds(run_attention, name))
         unit_done()
+        if time.perf_counter() - start > budget_s:
+            break
     return {
         name: Cost(statistics.median(step_times[name]), statistics.median(attention_times[name]), errors[name])
         for name in attentions

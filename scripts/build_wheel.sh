@@ -14,8 +14,8 @@ import os, platform
 glibc = os.confstr("CS_GNU_LIBC_VERSION").split()[1].replace(".", "_")
 print(f"manylinux_{glibc}_{platform.machine()}")')
 
-options=(-C build-dir=build/release -C "wheel.tags=py3-none-$platform")
-if [[ -n ${HEED_WITH_CPP_TESTS:-} ]]; then options+=(-C "cmake.define.HEED_BUILD_TESTS=$HEED_WITH_CPP_TESTS"); fi
+options=(--config-settings build-dir=build/release --config-settings "wheel.tags=py3-none-$platform")
+if [[ -n ${HEED_WITH_CPP_TESTS:-} ]]; then options+=(--config-settings "cmake.define.HEED_BUILD_TESTS=$HEED_WITH_CPP_TESTS"); fi
 
 rm -f dist/heed-*.whl
 "$python" -m pip wheel . --no-build-isolation --no-deps --wheel-dir dist --verbose "${options[@]}"

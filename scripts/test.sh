@@ -8,7 +8,7 @@
 #   HEED_SKIP_CTEST    set to run pytest only
 set -uo pipefail
 python=$(realpath -s "$1")
-cd "$(dirname "$0")/.."
+cd "$(dirname "$0")/.." || exit 1
 
 workers=${HEED_TEST_WORKERS:-$(($(nproc) < 8 ? $(nproc) : 8))}
 mkdir -p build

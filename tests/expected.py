@@ -35,13 +35,19 @@ def expected(q: np.ndarray, k: np.ndarray, v: np.ndarray, **options: Any) -> Exp
     """The oracle and the yardstick for NumPy inputs; `options` are those of flash_mha that matter to the result.
 
     A plain implementation can be exact by luck, above all in a row that sees few keys, and an error of zero measures
-    nothing. So there are two, which differ only in the order in which they round: the second goes through tokens and
-    features backwards and folds the scale into q. Element by element the worse one counts.
+    nothing. So there are four, which differ only in the order in which they round: features in another order, tokens
+    backwards, the scale folded into q, sums as a loop takes them. Element by element the worst one counts.
     """
     out, lse = reference.attention_forward(q, k, v, **options)
     naive_out, naive_lse = reference.naive_attention_forward(q, k, v, **options)
-    other_out, other_lse = _backwards(q, k, v, **options)
-    return Expected(out, lse, _worse(naive_out, other_out, out), _worse(naive_lse, other_lse, lse))
+    shuffled = np.random.default_rng(0).permutation(q.shape[-1])
+    for other_out, other_lse in (
+        _backwards(q, k, v, **options),
+        _backwards(q[..., shuffled], k[..., shuffled], v, **options),
+        reference.naive_attention_forward(q, k, v, sum_in_order=True, **options),
+    ):
+        naive_out, naive_lse = _worse(naive_out, other_out, out), _worse(naive_lse, other_lse, lse)
+    return Expected(out, lse, naive_out, naive_lse)
 
 
 @functools.lru_cache(maxsize=4)

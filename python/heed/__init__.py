@@ -6,13 +6,16 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 from heed._attention import flash_mha
 from heed._errors import UnsupportedError
 from heed._explain import Explanation, explain
 from heed._lib import checked_version
+from heed._versions import check_versions
 
+check_versions()
 __version__ = checked_version()
 
 __all__ = ["Explanation", "UnsupportedError", "__version__", "explain", "export_checks", "flash_mha"]
@@ -27,3 +30,7 @@ def export_checks() -> list[Any]:
     from heed import _jax_attention
 
     return _jax_attention.export_checks()
+
+
+if "jax" in sys.modules:  # so that programs exported or compiled by another process find heed's calls
+    from heed import _jax_attention as _jax_attention

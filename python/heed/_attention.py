@@ -12,6 +12,7 @@ from heed._problem import (
     attention_statics,
     attention_text,
     require_kernel,
+    require_rank_4,
     resolve_attention,
 )
 
@@ -94,6 +95,7 @@ def flash_mha(
         if value is None:
             raise TypeError(f"{name}: got None, expected an array")
     kind = common_kind(OPERAND_NAMES, operands)
+    require_rank_4(q.shape if hasattr(q, "shape") else ())
     if kind == "jax":
         from heed import _jax_attention
 

@@ -16,6 +16,7 @@ from heed._problem import (
     Spec,
     attention_statics,
     attention_text,
+    require_rank_4,
     resolve_attention,
 )
 
@@ -126,7 +127,9 @@ def explain(function: Callable[..., Any], /, *args: Any, target: str | None = No
         None if value is None else (_segment_spec if "segment" in name else _spec)(name, value)
         for name, value in zip(OPERAND_NAMES, operands, strict=True)
     ]
-    text = attention_text(attention_statics(**given), specs)
+    statics = attention_statics(**given)
+    require_rank_4(arrays[0].shape)
+    text = attention_text(statics, specs)
     where = target if target is not None else _default_target(arrays)
     resolution = resolve_attention(text, where)
     return Explanation(

@@ -1,5 +1,7 @@
 """`flash_mha` on JAX arrays and tracers: validates once, on unbatched shapes, and binds the primitive."""
 
+# mypy: disable-error-code="no-untyped-call"
+# JAX leaves parts of its API untyped.
 from __future__ import annotations
 
 import functools
@@ -42,12 +44,11 @@ def export_checks() -> list[Any]:
 
 
 @functools.lru_cache(maxsize=4096)
-def _validate(statics: AttentionStatics, specs: tuple[Spec | None, ...]) -> None:
+def _validated(statics: AttentionStatics, operands: tuple[tuple[Any, tuple[int, ...]] | None, ...]) -> tuple[str, ...]:
+    """Validates dtypes and shapes, once for each. Returns the names of the operands that are present."""
+    specs: list[Spec | None] = [None if x is None else (str(x[0]), x[1]) for x in operands]
     resolve_attention(attention_text(statics, specs), "cpu")  # raises on what is wrong, whoever serves it
-
-
-def _spec(x: Any) -> Spec:
-    return str(x.dtype), tuple(x.shape)
+    return axes.present_operands([x is not None for x in operands])
 
 
 def _same_varying_axes(arrays: Sequence[Any]) -> list[Any]:
@@ -69,10 +70,10 @@ def _segment_ids(x: Any) -> Any:
 
 def flash_mha(statics: AttentionStatics, operands: Sequence[Any]) -> Any:
     """Attention on JAX values; `operands` follow `OPERAND_NAMES`, absent ones are None. Returns out or (out, lse)."""
-    operands = (*operands[:5], *map(_segment_ids, operands[5:]))
+    if operands[5] is not None or operands[6] is not None:
+        operands = (*operands[:5], *map(_segment_ids, operands[5:]))
+    present = _validated(statics, tuple([None if x is None else (x.dtype, x.shape) for x in operands]))
     arrays = [x for x in operands if x is not None]
-    present = axes.present_operands([x is not None for x in operands])
-    _validate(statics, tuple(None if x is None else _spec(x) for x in operands))
     if any(isinstance(x, jax.core.Tracer) for x in arrays):
         values = _same_varying_axes([jnp.asarray(x) if isinstance(x, np.ndarray) else x for x in arrays])
         results = attention_fwd_p.bind(*values, statics=statics, operands=present)

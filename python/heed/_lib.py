@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import sys
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,10 @@ tvm_ffi.register_error("heed.UnsupportedError", UnsupportedError)
 def library_dir() -> Path:
     """The folder that holds libheed.so and libheed_ffi.so (`HEED_LIB_DIR`, or the one inside the package)."""
     override = os.environ.get("HEED_LIB_DIR")
-    return Path(override) if override else Path(__file__).resolve().parent / "lib"
+    if override:
+        return Path(override)
+    folders = [Path(entry) / "lib" for entry in sys.modules["heed"].__path__]  # two in an editable install
+    return next((folder for folder in folders if folder.is_dir()), folders[0])
 
 
 @functools.cache

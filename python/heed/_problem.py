@@ -81,6 +81,8 @@ def _flag(name: str, value: Any) -> bool:
 def _integer(name: str, value: Any) -> int:
     if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, np.integer)):
         raise _expected(name, value, "a pair of Python integers")
+    if not -(2**63) <= int(value) < 2**63:
+        raise ValueError(f"{name}: got {value}, expected integers that fit 64 bits")
     return int(value)
 
 
@@ -129,6 +131,15 @@ def _shape_text(name: str, shape: Sequence[Any]) -> str:
                 "sizes. heed chooses kernels from sizes: export once per shape."
             )
     return ",".join(str(int(size)) for size in shape)
+
+
+def require_rank_4(shape: Sequence[Any]) -> None:
+    """The native library takes further leading axes (they come from `vmap`); the public functions do not."""
+    if len(shape) > 4:
+        raise ValueError(
+            f"q: got shape [{', '.join(map(str, shape))}] of rank {len(shape)}, expected rank 4: [batch, q_len, "
+            "num_q_heads, head_dim] (jax.vmap maps over further axes)"
+        )
 
 
 def attention_text(statics: AttentionStatics, specs: Sequence[Spec | None]) -> str:

@@ -38,6 +38,7 @@ def attention_forward(
     causal_align: str = "bottom_right",
     compute_dtype: Any = None,
     storage_dtype: Any = None,
+    sum_in_order: bool = False,
 ) -> tuple[Array, Array]:
     """Softmax attention by its definition.
 
@@ -45,7 +46,8 @@ def attention_forward(
     segment ids [*lead, B, Lq] and [*lead, B, Lk]. Leading axes broadcast.
 
     Everything is computed in `compute_dtype` (default: float64 for NumPy, float32 for JAX). If `storage_dtype` is given,
-    the probabilities are rounded to it before they meet v, and so is the output.
+    the probabilities are rounded to it before they meet v, and so is the output. `sum_in_order` adds up each score and
+    each softmax denominator term after term, as a loop does, where libraries add in several partial sums.
 
     Returns out [*lead, B, Lq, Hq, Dv] and lse [*lead, B, Hq, Lq], the natural log of the softmax denominator (sink
     included). A row without visible keys has out 0 and lse -inf, or its sink. What a mask hides contributes nothing at
@@ -65,7 +67,10 @@ def attention_forward(
     keys = xp.repeat(_heads_first(xp, k), group, axis=-3)
     values = xp.repeat(_heads_first(xp, v), group, axis=-3)
 
-    scores = _matmul(xp, queries, xp.swapaxes(keys, -1, -2)) * scale  # [*lead, B, Hq, Lq, Lk]
+    if sum_in_order:
+        scores = sum(queries[..., :, None, x] * keys[..., None, :, x] for x in range(head_dim)) * scale
+    else:
+        scores = _matmul(xp, queries, xp.swapaxes(keys, -1, -2)) * scale  # [*lead, B, Hq, Lq, Lk]
     if softcap:
         scores = softcap * xp.tanh(scores / softcap)
     offset = kv_len - q_len if causal_align == "bottom_right" else 0
@@ -88,7 +93,7 @@ def attention_forward(
         top = xp.maximum(top, sink)
     top = xp.where(top == -math.inf, xp.zeros_like(top), top)
     weights = xp.where(visible, xp.exp(scores - top[..., None]), xp.zeros_like(scores))
-    total = xp.sum(weights, axis=-1)
+    total = xp.cumsum(weights, axis=-1)[..., -1] if sum_in_order and kv_len > 0 else xp.sum(weights, axis=-1)
     if sink is not None:
         total = total + xp.exp(sink - top)
     is_empty = total == 0
@@ -99,6 +104,7 @@ def attention_forward(
         probabilities = probabilities.astype(storage_dtype).astype(compute)
     out = _weighted_sum(xp, probabilities, xp.broadcast_to(visible, probabilities.shape), values)
     out = _heads_first(xp, out)  # the swap is its own inverse
+    lse = xp.broadcast_to(lse, (*out.shape[:-3], num_q_heads, q_len))  # leading axes that only v has
     return (out if storage_dtype is None else out.astype(storage_dtype)), lse
 
 
@@ -166,7 +172,9 @@ def _weighted_sum(xp: Any, weights: Array, visible: Array, values: Array) -> Arr
     infinite = xp.isinf(values)
     has_positive = meets(visible & (weights > 0), infinite & (values > 0))
     has_negative = meets(visible & (weights > 0), infinite & (values < 0))
-    has_nan = meets(visible, xp.isnan(values)) | meets(visible & (weights == 0), infinite) | (has_positive & has_negative)
+    has_nan = (
+        meets(visible, xp.isnan(values)) | meets(visible & (weights == 0), infinite) | (has_positive & has_negative)
+    )
     total = xp.where(has_positive, math.inf, total)
     total = xp.where(has_negative, -math.inf, total)
     return xp.where(has_nan | xp.isnan(_matmul(xp, weights, xp.ones_like(values))), math.nan, total)

@@ -31,7 +31,7 @@ struct AttentionRequest {
   bool wants_lse = false;
 };
 
-// A validated request. Sizes are those of DESIGN's vocabulary; `lead` holds the broadcast sizes of the leading axes.
+// A validated request. `lead` holds the broadcast sizes of the leading axes.
 struct AttentionProblem {
   DType dtype{};
   std::vector<int64_t> lead;
@@ -48,6 +48,8 @@ struct AttentionProblem {
 
   HEED_API std::vector<int64_t> out_shape() const;
   HEED_API std::vector<int64_t> lse_shape() const;
+  HEED_API int num_inputs() const;  // operands that are there
+  int num_outputs() const { return wants_lse ? 2 : 1; }
 };
 
 // Canonical text, on one line, such as
@@ -59,7 +61,7 @@ HEED_API std::string to_text(const AttentionRequest& request);
 // Throws ValueError for anything but the schema above.
 HEED_API AttentionRequest parse_attention_request(std::string_view text);
 
-// Every check of DESIGN section 4, once, for every face. Throws ValueError or TypeError.
+// Every check of the arguments, once, for every face. Throws ValueError or TypeError.
 HEED_API AttentionProblem validate(const AttentionRequest& request);
 
 }  // namespace heed

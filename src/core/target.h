@@ -14,7 +14,8 @@ struct Target {
   std::string name = "cpu";
 };
 
-// "cpu"; "sm_80", "sm_90a", ...; "cuda" for a GPU whose architecture is not known (sm 0). Throws ValueError for anything else.
+// "cpu"; "sm_80", "sm_90a", ...; "cuda" for a GPU whose architecture is not known (sm 0). Throws ValueError for
+// anything else.
 HEED_API Target parse_target(std::string_view name);
 
 }  // namespace heed

@@ -74,9 +74,10 @@ class Checker {
     const int64_t size = spec.shape[axis];
     if (lead[axis] == 1) lead[axis] = size;
     if (size != 1 && size != lead[axis]) {
-      value_error(name, "shape " + show(spec.shape) + ": leading axis " + std::to_string(axis) + " of size " +
-                            std::to_string(size),
-                  "size " + std::to_string(lead[axis]) + " or 1");
+      value_error(
+          name,
+          "shape " + show(spec.shape) + ": leading axis " + std::to_string(axis) + " of size " + std::to_string(size),
+          "size " + std::to_string(lead[axis]) + " or 1");
     }
   }
 
@@ -142,6 +143,11 @@ std::vector<int64_t> AttentionProblem::out_shape() const {
 }
 
 std::vector<int64_t> AttentionProblem::lse_shape() const { return append(lead, {batch, num_q_heads, q_len}); }
+
+int AttentionProblem::num_inputs() const {
+  return static_cast<int>(
+      std::count_if(operands.begin(), operands.end(), [](const TensorSpec& spec) { return spec.present; }));
+}
 
 AttentionProblem validate(const AttentionRequest& request) {
   const auto& operands = request.operands;

@@ -35,8 +35,9 @@ using DI = hn::RebindToSigned<DF>;
 using VF = hn::Vec<DF>;
 
 constexpr int kLanes = hn::MaxLanes(DF());
-// The register tile: kTile keys (or columns of V) by kVectors vectors of query rows, plus kVectors + 1 operands. 24 + 4 of
-// AVX-512's 32 registers; 12 + 4 of AVX2's 16; narrower sets need one more register for the product before the addition.
+// The register tile: kTile keys (or columns of V) by kVectors vectors of query rows, plus kVectors + 1 operands. 24 + 4
+// of AVX-512's 32 registers; 12 + 4 of AVX2's 16; narrower sets need one more register for the product before the
+// addition.
 #if HWY_TARGET == HWY_AVX3 || HWY_TARGET == HWY_AVX3_DL
 constexpr int kTile = 8;
 constexpr int kVectors = 3;
@@ -50,13 +51,13 @@ constexpr int kVectors = 2;
 constexpr int kPanelRows = kVectors * kLanes;
 
 constexpr int kMaxHeadDim = 256;
-constexpr size_t kCacheLineBytes = 64;
+constexpr int kCacheLineBytes = 64;
 // Keys per block. A panel's P^T (kBlockKeys x kPanelRows floats, 24 KB with AVX-512) stays in L1 while V streams by.
 constexpr int kBlockKeys = 128;
-// Floats between packed rows of K or V, for every head dim: tiles then address memory by constant displacements from one
-// pointer, and the odd number of cache lines spreads a column over all cache sets.
+// Floats between packed rows of K or V, for every head dim: tiles then address memory by constant displacements from
+// one pointer, and the odd number of cache lines spreads a column over all cache sets.
 constexpr int kRowStride = kMaxHeadDim + 16;
-static_assert(kMaxHeadDim % kTile == 0 && kBlockKeys % kTile == 0);
+static_assert(kMaxHeadDim % kTile == 0 && kBlockKeys % kTile == 0 && kPanelRows <= kBlockKeys);
 constexpr int kMaxPanels = 8;
 // Bound of packed Q and the accumulators of O together, over all panels of an item.
 constexpr size_t kMaxPanelFloats = size_t{512} * 1024 / sizeof(float);
@@ -81,7 +82,8 @@ struct Panel {
 
 // One work item: some panels of one KV head.
 struct Item {
-  Operand q, k, v, sinks, alibi_slopes, q_segment_ids, kv_segment_ids, out, lse;  // `data` at the item's problem and head
+  // `data` at the item's problem and head.
+  Operand q, k, v, sinks, alibi_slopes, q_segment_ids, kv_segment_ids, out, lse;
   int num_panels;
   Panel panels[kMaxPanels];
   float* k_block;  // [kBlockKeys][kRowStride]
@@ -97,6 +99,38 @@ struct BlockKeys {
   bool needs_mask() const { return full_begin > begin || full_end < end; }
 };
 
+// Asks for the next block's rows of K and V, a row of each per register tile, so that packing them finds them in the
+// caches. Rows lie a whole token apart, which is too far for hardware prefetchers.
+class Prefetcher {
+ public:
+  // Starts over with the keys `rows`; `size_bytes` of a stored element.
+  void start(const ForwardPlan& plan, const Operand& k, const Operand& v, Range rows, int64_t size_bytes) {
+    rows_left_ = rows.empty() || k.dim != 1 || v.dim != 1 ? 0 : static_cast<int>(rows.end - rows.begin);
+    k_ = {static_cast<const char*>(k.data) + rows.begin * k.token * size_bytes, k.token * size_bytes,
+          plan.head_dim_qk * size_bytes};
+    v_ = {static_cast<const char*>(v.data) + rows.begin * v.token * size_bytes, v.token * size_bytes,
+          plan.head_dim_v * size_bytes};
+  }
+  HWY_INLINE void step() {
+    if (rows_left_ == 0) return;
+    --rows_left_;
+    k_.fetch_row();
+    v_.fetch_row();
+  }
+
+ private:
+  struct Rows {
+    const char* next;
+    int64_t stride_bytes, row_bytes;
+    HWY_INLINE void fetch_row() {
+      for (int64_t x = 0; x < row_bytes; x += kCacheLineBytes) __builtin_prefetch(next + x);
+      next += stride_bytes;
+    }
+  };
+  int rows_left_ = 0;
+  Rows k_{}, v_{};
+};
+
 // ---------------------------------------------------------------------------------------------------------------------
 // Products.
 
@@ -105,9 +139,7 @@ template <int kVecs>
 HWY_INLINE void qk_tile(const float* HWY_RESTRICT k, const float* HWY_RESTRICT q, int head_dim, float* HWY_RESTRICT s) {
   const DF d;
   VF acc[kTile][kVecs];
-  HEED_UNROLL for (int j = 0; j < kTile; ++j) {
-    HEED_UNROLL for (int m = 0; m < kVecs; ++m) acc[j][m] = hn::Zero(d);
-  }
+  HEED_UNROLL for (int j = 0; j < kTile; ++j) { HEED_UNROLL for (int m = 0; m < kVecs; ++m) acc[j][m] = hn::Zero(d); }
   for (int x = 0; x < head_dim; ++x) {
     VF rows[kVecs];
     HEED_UNROLL for (int m = 0; m < kVecs; ++m) rows[m] = hn::Load(d, q + m * kLanes);
@@ -123,18 +155,14 @@ HWY_INLINE void qk_tile(const float* HWY_RESTRICT k, const float* HWY_RESTRICT q
   }
 }
 
-// O^T tile = O^T * rescale + V^T P^T: `v` [num_keys][kRowStride], of which kTile columns; `p` [num_keys][rows]; `rescale`
-// [rows]; `o` [kTile][rows].
+// O^T tile = O^T * rescale + V^T P^T: `v` [num_keys][kRowStride], of which kTile columns; `p` [num_keys][rows];
+// `rescale` [rows]; `o` [kTile][rows].
 template <int kVecs>
 HWY_INLINE void pv_tile(const float* HWY_RESTRICT v, const float* HWY_RESTRICT p, int num_keys,
                         const float* HWY_RESTRICT rescale, float* HWY_RESTRICT o) {
   const DF d;
   VF acc[kTile][kVecs];
-  HEED_UNROLL for (int j = 0; j < kTile; ++j) {
-    HEED_UNROLL for (int m = 0; m < kVecs; ++m) {
-      acc[j][m] = hn::Mul(hn::Load(d, o + (j * kVecs + m) * kLanes), hn::Load(d, rescale + m * kLanes));
-    }
-  }
+  HEED_UNROLL for (int j = 0; j < kTile; ++j) { HEED_UNROLL for (int m = 0; m < kVecs; ++m) acc[j][m] = hn::Zero(d); }
   for (int t = 0; t < num_keys; ++t) {
     VF rows[kVecs];
     HEED_UNROLL for (int m = 0; m < kVecs; ++m) rows[m] = hn::Load(d, p + m * kLanes);
@@ -145,13 +173,17 @@ HWY_INLINE void pv_tile(const float* HWY_RESTRICT v, const float* HWY_RESTRICT p
     p += kVecs * kLanes;
     v += kRowStride;
   }
+  // The block's sum first, then one addition to what came before: rounding errors grow with the block, not with kv_len.
   HEED_UNROLL for (int j = 0; j < kTile; ++j) {
-    HEED_UNROLL for (int m = 0; m < kVecs; ++m) hn::Store(acc[j][m], d, o + (j * kVecs + m) * kLanes);
+    HEED_UNROLL for (int m = 0; m < kVecs; ++m) {
+      float* at = o + (j * kVecs + m) * kLanes;
+      hn::Store(hn::MulAdd(hn::Load(d, at), hn::Load(d, rescale + m * kLanes), acc[j][m]), d, at);
+    }
   }
 }
 
-// O^T += V^T P^T over kept (query, key) pairs only: where a block of V holds inf or NaN, a weight of 0 is not enough to keep
-// masked keys out. Slow, and only ever runs in blocks that are both masked and not finite.
+// O^T += V^T P^T over kept (query, key) pairs only: where a block of V holds inf or NaN, a weight of 0 is not enough to
+// keep masked keys out. Slow, and only ever runs in blocks that are both masked and not finite.
 template <int kVecs>
 HWY_NOINLINE void pv_kept_pairs(const ForwardPlan& plan, const Item& item, const Panel& panel, Range block,
                                 const BlockKeys& keys, const float* HWY_RESTRICT rescale) {
@@ -211,16 +243,16 @@ HWY_NOINLINE void mask_scores(const ForwardPlan& plan, const Item& item, const P
     const int64_t key = block.begin + t;
     // The rows that see this key are consecutive.
     const Range queries = intersect(plan.band.queries_of(key), panel.queries);
-    const auto first = static_cast<int32_t>(
-        std::clamp<int64_t>(queries.begin * plan.group - panel.first_row, 0, kPanelRows));
-    const auto last = static_cast<int32_t>(
-        std::clamp<int64_t>(queries.end * plan.group - panel.first_row, 0, kPanelRows));
+    const auto first =
+        static_cast<int32_t>(std::clamp<int64_t>(queries.begin * plan.group - panel.first_row, 0, kPanelRows));
+    const auto last =
+        static_cast<int32_t>(std::clamp<int64_t>(queries.end * plan.group - panel.first_row, 0, kPanelRows));
     HEED_UNROLL for (int m = 0; m < kVecs; ++m) {
       const auto row = hn::Iota(di, m * kLanes);
       auto keep = hn::AndNot(hn::Lt(row, hn::Set(di, first)), hn::Lt(row, hn::Set(di, last)));
       if (keys.has_segments) {
-        keep = hn::And(keep, hn::Eq(hn::Load(di, panel.id + m * kLanes),
-                                    hn::Set(di, kv_ids[key * item.kv_segment_ids.token])));
+        keep = hn::And(
+            keep, hn::Eq(hn::Load(di, panel.id + m * kLanes), hn::Set(di, kv_ids[key * item.kv_segment_ids.token])));
       }
       float* at = item.scores + (t * kVecs + m) * kLanes;
       hn::Store(hn::IfThenElse(hn::RebindMask(d, keep), hn::Load(d, at), minus_infinity), d, at);
@@ -228,8 +260,8 @@ HWY_NOINLINE void mask_scores(const ForwardPlan& plan, const Item& item, const P
   }
 }
 
-// Online softmax: scores -> weights exp2((score - max) * exponent_scale), row statistics updated; `rescale` [rows] is what the
-// accumulators so far must be multiplied with.
+// Online softmax: scores -> weights exp2((score - max) * exponent_scale), row statistics updated; `rescale` [rows] is
+// what the accumulators so far must be multiplied with.
 template <int kVecs>
 HWY_NOINLINE void softmax(float* HWY_RESTRICT scores, int begin, int end, float exponent_scale,
                           float* HWY_RESTRICT row_max, float* HWY_RESTRICT row_sum, float* HWY_RESTRICT rescale) {
@@ -247,30 +279,41 @@ HWY_NOINLINE void softmax(float* HWY_RESTRICT scores, int begin, int end, float 
   HEED_UNROLL for (int m = 0; m < kVecs; ++m) {
     // A row that has seen no key yet must not calculate -inf - -inf.
     shift[m] = hn::IfThenZeroElse(hn::Eq(max[m], hn::Set(d, -kInfinity)), max[m]);
-    const VF shrink = exp2_nonpositive(d, hn::Mul(hn::Sub(hn::Load(d, row_max + m * kLanes), shift[m]), factor));
+    const VF shrink = exp2_nonpositive(d, hn::Sub(hn::Load(d, row_max + m * kLanes), shift[m]), factor);
     hn::Store(max[m], d, row_max + m * kLanes);
     hn::Store(shrink, d, rescale + m * kLanes);
-    sum[m] = hn::Mul(hn::Load(d, row_sum + m * kLanes), shrink);
+    hn::Store(hn::Mul(hn::Load(d, row_sum + m * kLanes), shrink), d, row_sum + m * kLanes);
+    sum[m] = hn::Zero(d);
   }
-  for (int t = begin; t < end; ++t) {
-    HEED_UNROLL for (int m = 0; m < kVecs; ++m) {
-      float* at = scores + (t * kVecs + m) * kLanes;
-      const VF weight = exp2_nonpositive(d, hn::Mul(hn::Sub(hn::Load(d, at), shift[m]), factor));
-      hn::Store(weight, d, at);
-      sum[m] = hn::Add(sum[m], weight);
+  // Summed in runs of kTile keys, then over the block, then over all: rounding errors do not grow with kv_len. Runs
+  // start at multiples of kTile, so that a row's sum does not depend on where its panel begins.
+  while (begin < end) {
+    VF run[kVecs];
+    HEED_UNROLL for (int m = 0; m < kVecs; ++m) run[m] = hn::Zero(d);
+    for (const int run_end = std::min((begin / kTile + 1) * kTile, end); begin < run_end; ++begin) {
+      HEED_UNROLL for (int m = 0; m < kVecs; ++m) {
+        float* at = scores + (begin * kVecs + m) * kLanes;
+        const VF weight = exp2_nonpositive(d, hn::Sub(hn::Load(d, at), shift[m]), factor);
+        hn::Store(weight, d, at);
+        run[m] = hn::Add(run[m], weight);
+      }
     }
+    HEED_UNROLL for (int m = 0; m < kVecs; ++m) sum[m] = hn::Add(sum[m], run[m]);
   }
-  HEED_UNROLL for (int m = 0; m < kVecs; ++m) hn::Store(sum[m], d, row_sum + m * kLanes);
+  HEED_UNROLL for (int m = 0; m < kVecs; ++m) {
+    hn::Store(hn::Add(hn::Load(d, row_sum + m * kLanes), sum[m]), d, row_sum + m * kLanes);
+  }
 }
 
 // One panel against the packed block.
 template <int kVecs>
 HWY_NOINLINE void attend_block(const ForwardPlan& plan, const Item& item, const Panel& panel, Range block,
-                               const BlockKeys& keys, bool is_v_finite) {
+                               const BlockKeys& keys, bool is_v_finite, Prefetcher& prefetcher) {
   constexpr int kRows = kVecs * kLanes;
   HWY_ALIGN float rescale[kRows];
   for (int t = keys.begin / kTile * kTile; t < keys.end; t += kTile) {
     qk_tile<kVecs>(item.k_block + t * kRowStride, panel.q, plan.head_dim_qk, item.scores + t * kRows);
+    prefetcher.step();
   }
   constexpr double kLog2E = 1.4426950408889634;
   double exponent_scale = plan.scale * kLog2E;
@@ -286,13 +329,49 @@ HWY_NOINLINE void attend_block(const ForwardPlan& plan, const Item& item, const 
     return;
   }
   for (int x = 0; x < plan.head_dim_v; x += kTile) {
-    pv_tile<kVecs>(item.v_block + keys.begin * kRowStride + x, item.scores + keys.begin * kRows,
-                   keys.end - keys.begin, rescale, panel.o + x * kRows);
+    pv_tile<kVecs>(item.v_block + keys.begin * kRowStride + x, item.scores + keys.begin * kRows, keys.end - keys.begin,
+                   rescale, panel.o + x * kRows);
+    prefetcher.step();
   }
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Packing.
+
+// `from` [rows][from_stride] -> `to` [columns][to_stride], in squares of 4 x 4 while they fit.
+HWY_NOINLINE void transpose(const float* HWY_RESTRICT from, size_t from_stride, int rows, int columns,
+                            float* HWY_RESTRICT to, size_t to_stride) {
+  int r = 0;
+#if HWY_TARGET != HWY_SCALAR
+  const hn::FixedTag<float, 4> d4;
+  const hn::FixedTag<double, 2> pairs;
+  for (; r + 4 <= rows; r += 4) {
+    int c = 0;
+    for (; c + 4 <= columns; c += 4) {
+      const float* at = from + r * from_stride + c;
+      const auto row0 = hn::LoadU(d4, at);
+      const auto row1 = hn::LoadU(d4, at + from_stride);
+      const auto row2 = hn::LoadU(d4, at + 2 * from_stride);
+      const auto row3 = hn::LoadU(d4, at + 3 * from_stride);
+      const auto low01 = hn::BitCast(pairs, hn::InterleaveLower(d4, row0, row1));
+      const auto low23 = hn::BitCast(pairs, hn::InterleaveLower(d4, row2, row3));
+      const auto high01 = hn::BitCast(pairs, hn::InterleaveUpper(d4, row0, row1));
+      const auto high23 = hn::BitCast(pairs, hn::InterleaveUpper(d4, row2, row3));
+      float* out = to + c * to_stride + r;
+      hn::StoreU(hn::BitCast(d4, hn::InterleaveLower(pairs, low01, low23)), d4, out);
+      hn::StoreU(hn::BitCast(d4, hn::InterleaveUpper(pairs, low01, low23)), d4, out + to_stride);
+      hn::StoreU(hn::BitCast(d4, hn::InterleaveLower(pairs, high01, high23)), d4, out + 2 * to_stride);
+      hn::StoreU(hn::BitCast(d4, hn::InterleaveUpper(pairs, high01, high23)), d4, out + 3 * to_stride);
+    }
+    for (; c < columns; ++c) {
+      for (int i = r; i < r + 4; ++i) to[c * to_stride + i] = from[i * from_stride + c];
+    }
+  }
+#endif
+  for (; r < rows; ++r) {
+    for (int c = 0; c < columns; ++c) to[c * to_stride + r] = from[r * from_stride + c];
+  }
+}
 
 // `row`: `count` stored elements, `stride` apart -> `to` [count] floats.
 template <class Storage>
@@ -303,26 +382,26 @@ HWY_INLINE void load_row(const typename Storage::Stored* HWY_RESTRICT row, int64
     for (int x = 0; x < count; ++x) gathered[x] = row[x * stride];
     row = gathered;
   }
-  for_vectors(DF(), static_cast<size_t>(count), [&](auto d, size_t x) HWY_ATTR {
-    hn::StoreU(Storage::load(d, row + x), d, to + x);
-  });
+  for_vectors(DF(), static_cast<size_t>(count),
+              [&](auto d, size_t x) HWY_ATTR { hn::StoreU(Storage::load(d, row + x), d, to + x); });
 }
 
+// `from` [count] floats, each over `divisor` -> `row`: `count` stored elements, `stride` apart.
 template <class Storage>
-HWY_INLINE void store_row(const float* HWY_RESTRICT from, int count, typename Storage::Stored* HWY_RESTRICT row,
-                          int64_t stride) {
+HWY_INLINE void store_row(const float* HWY_RESTRICT from, float divisor, int count,
+                          typename Storage::Stored* HWY_RESTRICT row, int64_t stride) {
   typename Storage::Stored gathered[kMaxHeadDim];
   auto* HWY_RESTRICT to = stride == 1 ? row : gathered;
   for_vectors(DF(), static_cast<size_t>(count), [&](auto d, size_t x) HWY_ATTR {
-    Storage::store(hn::LoadU(d, from + x), d, to + x);
+    Storage::store(hn::Div(hn::LoadU(d, from + x), hn::Set(d, divisor)), d, to + x);
   });
   if (stride != 1) {
     for (int x = 0; x < count; ++x) row[x * stride] = gathered[x];
   }
 }
 
-// Rows [begin, end) of K or V -> `packed` [..][kRowStride]. Rows and columns that only pad a tile keep what they held: their
-// products are never read.
+// Rows [begin, end) of K or V -> `packed` [..][kRowStride]. Rows and columns that only pad a tile keep what they held:
+// their products are never read.
 template <class Storage>
 HWY_NOINLINE void pack_block(const Operand& operand, Range rows, int head_dim, float* HWY_RESTRICT packed) {
   const auto* data = static_cast<const typename Storage::Stored*>(operand.data);
@@ -344,7 +423,7 @@ HWY_NOINLINE bool is_finite(const float* HWY_RESTRICT packed, int num_rows, int 
 }
 
 template <class Storage>
-HWY_NOINLINE void pack_panel(const ForwardPlan& plan, const Item& item, Panel& panel) {
+HWY_NOINLINE void pack_panel(const ForwardPlan& plan, const Item& item, Panel& panel, Prefetcher& prefetcher) {
   const int rows = panel.num_vectors * kLanes;
   std::fill_n(panel.row_max, kPanelRows, -kInfinity);
   std::fill_n(panel.row_sum, kPanelRows, 0.0f);
@@ -352,21 +431,25 @@ HWY_NOINLINE void pack_panel(const ForwardPlan& plan, const Item& item, Panel& p
   const auto* q = static_cast<const typename Storage::Stored*>(item.q.data);
   const auto* slopes = static_cast<const float*>(item.alibi_slopes.data);
   const auto* ids = static_cast<const int32_t*>(item.q_segment_ids.data);
-  HWY_ALIGN float row[kMaxHeadDim];
+  float* const by_row = item.k_block;  // [rows][kRowStride]; free until the first block is packed
   for (int r = 0; r < rows; ++r) {
     // Padding lanes repeat the last row: they calculate something harmless that is never stored.
     const int64_t index = panel.first_row + std::min(r, panel.num_rows - 1);
     const int64_t query = index / plan.group;
     const int64_t head = index % plan.group;
+    float* row = by_row + r * kRowStride;
+    prefetcher.step();
     load_row<Storage>(q + query * item.q.token + head * item.q.head, item.q.dim, plan.head_dim_qk, row);
-    const float sign = plan.negates_q ? -1.0f : 1.0f;
-    for (int x = 0; x < plan.head_dim_qk; ++x) panel.q[x * rows + r] = sign * row[x];
+    if (plan.negates_q) {
+      for (int x = 0; x < plan.head_dim_qk; ++x) row[x] = -row[x];
+    }
     panel.query[r] = static_cast<float>(query - panel.queries.begin);
     panel.slope[r] = slopes == nullptr ? 0.0f : slopes[head * item.alibi_slopes.head];
     panel.id[r] = ids == nullptr ? 0 : ids[query * item.q_segment_ids.token];
     panel.id_min = r == 0 ? panel.id[r] : std::min(panel.id_min, panel.id[r]);
     panel.id_max = r == 0 ? panel.id[r] : std::max(panel.id_max, panel.id[r]);
   }
+  transpose(by_row, kRowStride, rows, plan.head_dim_qk, panel.q, static_cast<size_t>(rows));
 }
 
 template <class Storage>
@@ -376,16 +459,16 @@ HWY_NOINLINE void store_panel(const ForwardPlan& plan, const Item& item, const P
   auto* out = static_cast<typename Storage::Stored*>(item.out.data);
   auto* lse = static_cast<float*>(item.lse.data);
   const double natural = plan.has_score_transform ? 1.0 : plan.scale;
-  HWY_ALIGN float row[kMaxHeadDim];
+  float* const by_row = item.v_block;  // [rows][kRowStride]; the last block is done with it
+  transpose(panel.o, static_cast<size_t>(rows), plan.head_dim_v, rows, by_row, kRowStride);
   for (int r = 0; r < panel.num_rows; ++r) {
     const int64_t query = (panel.first_row + r) / plan.group;
     const int64_t head = (panel.first_row + r) % plan.group;
     const double sink = sinks == nullptr ? 0.0 : sinks[head * item.sinks.head];
-    const variants::RowEnd end = variants::finish_row(panel.row_max[r] * natural, panel.row_sum[r], sinks != nullptr, sink,
-                                                      [](double x) { return std::exp(x); });
-    const auto out_scale = static_cast<float>(end.out_scale);
-    for (int x = 0; x < plan.head_dim_v; ++x) row[x] = panel.o[x * rows + r] * out_scale;
-    store_row<Storage>(row, plan.head_dim_v, out + query * item.out.token + head * item.out.head, item.out.dim);
+    const variants::RowEnd end = variants::finish_row(panel.row_max[r] * natural, panel.row_sum[r], sinks != nullptr,
+                                                      sink, [](double x) { return std::exp(x); });
+    store_row<Storage>(by_row + r * kRowStride, static_cast<float>(end.divisor), plan.head_dim_v,
+                       out + query * item.out.token + head * item.out.head, item.out.dim);
     if (lse != nullptr) {
       lse[head * item.lse.head + query * item.lse.token] = static_cast<float>(end.top + std::log(end.total));
     }
@@ -481,9 +564,8 @@ inline BlockKeys keys_in_block(const ForwardPlan& plan, const Item& item, const 
   BlockKeys result;
   if (item.kv_segment_ids.data != nullptr && !keys.empty()) {
     const auto* ids = static_cast<const int32_t*>(item.kv_segment_ids.data);
-    const auto segments = variants::segment_keys(keys, panel.id_min, panel.id_max, [&](int64_t j) {
-      return ids[j * item.kv_segment_ids.token];
-    });
+    const auto segments = variants::segment_keys(keys, panel.id_min, panel.id_max,
+                                                 [&](int64_t j) { return ids[j * item.kv_segment_ids.token]; });
     keys = segments.keys;
     result.has_segments = segments.needs_mask;
   }
@@ -497,9 +579,9 @@ inline BlockKeys keys_in_block(const ForwardPlan& plan, const Item& item, const 
   return result;
 }
 
-// All panels of the item against one block of keys.
+// All panels of the item against one block of keys; `next` are the keys of the one after it.
 template <class Storage>
-void run_block(const ForwardPlan& plan, const Item& item, Range block) {
+void run_block(const ForwardPlan& plan, const Item& item, Range block, Range next, Prefetcher& prefetcher) {
   BlockKeys keys[kMaxPanels];
   int begin = kBlockKeys;
   int end = 0;
@@ -515,25 +597,25 @@ void run_block(const ForwardPlan& plan, const Item& item, Range block) {
   const Range rows = {block.begin + begin, block.begin + end};
   pack_block<Storage>(item.k, rows, plan.head_dim_qk, item.k_block + begin * kRowStride);
   pack_block<Storage>(item.v, rows, plan.head_dim_v, item.v_block + begin * kRowStride);
-  const bool is_v_finite =
-      !needs_mask || is_finite(item.v_block + begin * kRowStride, end - begin, plan.head_dim_v);
+  const bool is_v_finite = !needs_mask || is_finite(item.v_block + begin * kRowStride, end - begin, plan.head_dim_v);
+  prefetcher.start(plan, item.k, item.v, next, sizeof(typename Storage::Stored));
   for (int p = 0; p < item.num_panels; ++p) {
     if (keys[p].empty()) continue;
     const Panel& panel = item.panels[p];
     if (panel.num_vectors == 1) {
-      attend_block<1>(plan, item, panel, block, keys[p], is_v_finite);
+      attend_block<1>(plan, item, panel, block, keys[p], is_v_finite, prefetcher);
     } else if (kVectors > 2 && panel.num_vectors == 3) {
-      attend_block<kVectors>(plan, item, panel, block, keys[p], is_v_finite);
+      attend_block<kVectors>(plan, item, panel, block, keys[p], is_v_finite, prefetcher);
     } else {
-      attend_block<2>(plan, item, panel, block, keys[p], is_v_finite);
+      attend_block<2>(plan, item, panel, block, keys[p], is_v_finite, prefetcher);
     }
   }
 }
 
 template <class Storage>
 void run_item(const ForwardPlan& plan, const Tiling& tiling, int64_t index) {
-  // Heads one after the other, so that one head's K and V stay in the outer caches; where the right side is masked, a head's
-  // last rows, which see the most keys, first.
+  // Heads one after the other, so that one head's K and V stay in the outer caches; where the right side is masked, a
+  // head's last rows, which see the most keys, first.
   const int64_t head_index = index / tiling.items_per_head;
   int64_t row_block = index % tiling.items_per_head;
   if (plan.band.right != variants::Band::kUnbounded) row_block = tiling.items_per_head - 1 - row_block;
@@ -553,14 +635,21 @@ void run_item(const ForwardPlan& plan, const Tiling& tiling, int64_t index) {
     panel.num_rows = static_cast<int>(std::min<int64_t>(kPanelRows, num_rows - row));
     panel.num_vectors = (panel.num_rows + kLanes - 1) / kLanes;
     panel.queries = {row / plan.group, (row + panel.num_rows - 1) / plan.group + 1};
-    pack_panel<Storage>(plan, item, panel);
     const Range keys = intersect(plan.band.keys_of_any(panel.queries), Range{0, plan.kv_len});
     if (keys.empty()) continue;
     item_keys = {std::min(item_keys.begin, keys.begin), std::max(item_keys.end, keys.end)};
   }
-  // Blocks start at multiples of kBlockKeys whatever the item, so a row's result does not depend on how rows are grouped.
-  for (int64_t begin = item_keys.begin / kBlockKeys * kBlockKeys; begin < item_keys.end; begin += kBlockKeys) {
-    run_block<Storage>(plan, item, Range{begin, std::min<int64_t>(begin + kBlockKeys, plan.kv_len)});
+  // Blocks start at multiples of kBlockKeys whatever the item, so a row's result does not depend on how rows are
+  // grouped.
+  const auto block_at = [&](int64_t begin) {
+    return Range{begin, std::min<int64_t>(begin + kBlockKeys, item_keys.end)};
+  };
+  Range block = block_at(item_keys.begin / kBlockKeys * kBlockKeys);
+  Prefetcher prefetcher;
+  prefetcher.start(plan, item.k, item.v, block, sizeof(typename Storage::Stored));
+  for (int p = 0; p < item.num_panels; ++p) pack_panel<Storage>(plan, item, item.panels[p], prefetcher);
+  for (; !block.empty(); block = block_at(block.begin + kBlockKeys)) {
+    run_block<Storage>(plan, item, block, block_at(block.begin + kBlockKeys), prefetcher);
   }
   for (int p = 0; p < item.num_panels; ++p) store_panel<Storage>(plan, item, item.panels[p]);
 }

@@ -1,5 +1,5 @@
-// What the CPU attention forward kernel is told: one call, resolved to pointers, strides and numbers. Independent of the
-// instruction set. Strides count elements.
+// What the CPU attention forward kernel is told: one call, resolved to pointers, strides and numbers. Independent of
+// the instruction set. Strides count elements.
 #pragma once
 
 #include <array>
@@ -39,8 +39,9 @@ struct ForwardPlan {
   Operand lse;             // [.., B, Hq, Lq] float32, optional
 
   variants::Band band;
-  // Scores. If `has_score_transform`, the tile of raw products is first turned into scores in natural units; if not, the
-  // scale is folded into the exponent. Queries are negated while packing if `negates_q`, so that the scale is never < 0.
+  // Scores. If `has_score_transform`, the tile of raw products is first turned into scores in natural units; if not,
+  // the scale is folded into the exponent. Queries are negated while packing if `negates_q`, so that the scale is never
+  // < 0.
   bool has_score_transform = false;
   bool negates_q = false;
   double scale = 0.0;           // >= 0

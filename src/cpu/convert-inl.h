@@ -78,8 +78,7 @@ struct Float16 {
     const auto normal = hn::Add(shifted, hn::Set(du, 112u << 23));
     const auto inf_or_nan = hn::Or(shifted, hn::Set(du, 0x7F800000u));
     // A subnormal half is an integer times 2^-24, which is a normal float: DAZ and FTZ do not matter.
-    const auto subnormal =
-        hn::BitCast(du, hn::Mul(hn::ConvertTo(d, hn::BitCast(di, magnitude)), hn::Set(d, 0x1p-24f)));
+    const auto subnormal = hn::BitCast(du, hn::Mul(hn::ConvertTo(d, hn::BitCast(di, magnitude)), hn::Set(d, 0x1p-24f)));
     const auto signed_magnitude = hn::BitCast(di, magnitude);
     const auto is_subnormal = hn::RebindMask(du, hn::Lt(signed_magnitude, hn::Set(di, 0x400)));
     const auto is_special = hn::RebindMask(du, hn::Gt(signed_magnitude, hn::Set(di, 0x7BFF)));
@@ -104,8 +103,7 @@ struct Float16 {
     // Subnormal: in [0.5, 1) one ulp of a float is 2^-24, the step of subnormal halves, so the addition rounds.
     const auto half = hn::Set(d, 0.5f);
     const auto subnormal = hn::Sub(hn::BitCast(du, hn::Add(hn::Abs(v), half)), hn::BitCast(du, half));
-    const auto quiet_nan =
-        hn::Or(hn::Set(du, 0x7E00u), hn::And(hn::ShiftRight<13>(magnitude), hn::Set(du, 0x3FFu)));
+    const auto quiet_nan = hn::Or(hn::Set(du, 0x7E00u), hn::And(hn::ShiftRight<13>(magnitude), hn::Set(du, 0x3FFu)));
     const auto signed_magnitude = hn::BitCast(di, magnitude);
     const auto is_subnormal = hn::RebindMask(du, hn::Lt(signed_magnitude, hn::Set(di, 113 << 23)));
     const auto is_overflow = hn::RebindMask(du, hn::Gt(signed_magnitude, hn::Set(di, 0x477FEFFF)));  // >= 65520
@@ -118,8 +116,8 @@ struct Float16 {
   }
 };
 
-// Calls op(d, index) on vectors that cover [0, count). The last one may overlap the one before it; below one vector it is
-// one element at a time.
+// Calls op(d, index) on vectors that cover [0, count). The last one may overlap the one before it; below one vector it
+// is one element at a time.
 template <class D, class Op>
 HWY_INLINE void for_vectors(D d, size_t count, const Op& op) {
   const size_t lanes = hn::Lanes(d);

@@ -145,8 +145,9 @@ Arena& arena(int threads) {
   return *made;
 }
 
-// oneTBB cannot be used in the child of a process that used it: its workers are gone and a lock may have been held when they
-// went. There the arena is this: threads that live as long as one loop, and no more of them at a time than configured.
+// oneTBB cannot be used in the child of a process that used it: its workers are gone and a lock may have been held when
+// they went. There the arena is this: threads that live as long as one loop, and no more of them at a time than
+// configured.
 std::atomic<int> forked_helpers{0};
 
 void run_in_forked_child(Loop& loop, int threads) {
@@ -183,9 +184,11 @@ void parallel_for(int64_t count, bool is_small, const std::function<void(int64_t
     run_in_forked_child(loop, threads);
   } else {
     arena(configured_threads()).task_arena.execute([&] {
-      // Isolated: while it waits for its helpers, a thread must not start an unrelated call's item, whose scratch is its own.
+      // Isolated: while it waits for its helpers, a thread must not start an unrelated call's item, whose scratch is
+      // its own.
       tbb::this_task_arena::isolate([&] {
-        tbb::parallel_for(0, threads, [&](int) { loop.help(); }, tbb::simple_partitioner());
+        tbb::parallel_for(
+            0, threads, [&](int) { loop.help(); }, tbb::simple_partitioner());
       });
     });
   }

@@ -10,8 +10,8 @@
 namespace heed::cpu {
 namespace {
 
-// The fallback: Highway's portable code, which this CPU runs whatever it is. Its name depends on the compiler (SCALAR with
-// those that miscompile EMU128), so either name selects it.
+// The fallback: Highway's portable code, which this CPU runs whatever it is. Its name depends on the compiler (SCALAR
+// with those that miscompile EMU128), so either name selects it.
 constexpr int64_t kFallback = HWY_BASELINE_SCALAR;
 
 // Targets of this build that this CPU runs. Lower bits are better targets.
@@ -40,7 +40,8 @@ struct Choice {
     const std::string wanted = upper(request);
     for (int64_t rest = usable_targets(); rest != 0; rest &= rest - 1) {
       const int64_t bit = rest & -rest;
-      const bool is_match = wanted == hwy::TargetName(bit) || (bit == kFallback && (wanted == "EMU128" || wanted == "SCALAR"));
+      const bool is_match =
+          wanted == hwy::TargetName(bit) || (bit == kFallback && (wanted == "EMU128" || wanted == "SCALAR"));
       if (!wanted.empty() && !is_match) continue;
       target.Update(bit);
       name = hwy::TargetName(bit);

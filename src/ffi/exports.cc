@@ -1,4 +1,5 @@
-// Every TVM-FFI export. Functions take DLPack tensors of any framework and only run: no allocation of tensor memory here.
+// Every TVM-FFI export. Functions take DLPack tensors of any framework and only run: no allocation of tensor memory
+// here.
 #include <dlpack/dlpack.h>
 #include <tvm/ffi/container/array.h>
 #include <tvm/ffi/container/map.h>
@@ -107,21 +108,18 @@ void attention_fwd(const TVMFFIAny* args, int32_t num_args) {
   const auto prepared = heed::prepare_attention_fwd(text, is_on_cpu(args[1]) ? kCpuTarget : kCudaTarget);
   const heed::AttentionProblem& problem = prepared->problem;
 
-  int num_expected = 2 + (problem.wants_lse ? 1 : 0);
-  for (const heed::TensorSpec& spec : problem.operands) num_expected += spec.present ? 1 : 0;
+  const int num_expected = 1 + problem.num_inputs() + problem.num_outputs();
   if (num_args != num_expected) {
     throw heed::TypeError("attention_fwd: got " + std::to_string(num_args) + " arguments, expected " +
                           std::to_string(num_expected) + " for this problem");
   }
   heed::AttentionForwardArgs views;
-  heed::TensorView* const inputs[heed::kNumAttentionInputs] = {
-      &views.q, &views.k, &views.v, &views.sinks, &views.alibi_slopes, &views.q_segment_ids, &views.kv_segment_ids};
+  const heed::AttentionInputs inputs = heed::inputs_of(views);
   int next = 1;
   for (int i = 0; i < heed::kNumAttentionInputs; ++i) {
     const heed::TensorSpec& spec = problem.operands[i];
     if (!spec.present) continue;
-    *inputs[i] =
-        view_argument(args[next++], heed::find_dtype(spec.dtype)->dtype, heed::kAttentionOperandNames[i]);
+    *inputs[i] = view_argument(args[next++], heed::find_dtype(spec.dtype)->dtype, heed::kAttentionOperandNames[i]);
   }
   views.out = view_argument(args[next++], problem.dtype, "out");
   if (problem.wants_lse) views.lse = view_argument(args[next++], heed::DType::kFloat32, "lse");

@@ -25,9 +25,7 @@ constexpr AttentionFwdKernel kKernels[] = {
 };
 
 const TensorView& operand(const AttentionForwardArgs& args, int index) {
-  const TensorView* const views[kNumAttentionInputs] = {
-      &args.q, &args.k, &args.v, &args.sinks, &args.alibi_slopes, &args.q_segment_ids, &args.kv_segment_ids};
-  return *views[index];
+  return *inputs_of(const_cast<AttentionForwardArgs&>(args))[static_cast<size_t>(index)];
 }
 
 AttentionRequest make_request(const AttentionForwardArgs& args, const AttentionOptions& options) {
@@ -38,9 +36,8 @@ AttentionRequest make_request(const AttentionForwardArgs& args, const AttentionO
     const TensorView& view = operand(args, i);
     if (!view.defined()) continue;
     if (view.rank > kMaxRank) throw ValueError(std::string(kAttentionOperandNames[i]) + ": rank above kMaxRank");
-    request.operands[i] = {std::string(info(view.dtype).name),
-                           {view.shape.begin(), view.shape.begin() + view.rank},
-                           true};
+    request.operands[i] = {
+        std::string(info(view.dtype).name), {view.shape.begin(), view.shape.begin() + view.rank}, true};
   }
   return request;
 }

@@ -1,6 +1,7 @@
 // The attention forward op: resolve, and run a problem that has been resolved.
 #pragma once
 
+#include <array>
 #include <memory>
 #include <string_view>
 
@@ -17,15 +18,21 @@ using AttentionFwdResolution = Resolution<AttentionFwdKernel>;
 // Picks a kernel for the problem on the target, or none, with every candidate's reason.
 HEED_API AttentionFwdResolution resolve(const AttentionProblem& problem, const Target& target);
 
+// The views of the inputs, in the order of AttentionOperand.
+using AttentionInputs = std::array<TensorView*, kNumAttentionInputs>;
+inline AttentionInputs inputs_of(AttentionForwardArgs& args) {
+  return {&args.q, &args.k, &args.v, &args.sinks, &args.alibi_slopes, &args.q_segment_ids, &args.kv_segment_ids};
+}
+
 // A problem with the kernel that serves it: what a compiled program's text stands for.
 struct PreparedAttentionFwd {
   AttentionProblem problem;
   const AttentionFwdKernel* kernel;
 };
 
-// Parses, validates and resolves the text, or finds it among those seen before: one lock-free lookup by the text's bytes.
-// Throws what validation throws, and UnsupportedError. The table keeps a bounded number of texts; past that a text is
-// prepared anew at each call.
+// Parses, validates and resolves the text, or finds it among those seen before: one lock-free lookup by the text's
+// bytes. Throws what validation throws, and UnsupportedError. The table keeps a bounded number of texts; past that a
+// text is prepared anew at each call.
 HEED_API std::shared_ptr<const PreparedAttentionFwd> prepare_attention_fwd(std::string_view text, const Target& target);
 
 // Checks the views against the problem (shapes, dtypes, memory) and runs the kernel.

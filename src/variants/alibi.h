@@ -1,5 +1,5 @@
-// ALiBi: score -= slope * |distance of the key from the query's diagonal|. Symmetric, so it also serves attention that is
-// not causal. Applied after the soft cap.
+// ALiBi: score -= slope * |distance of the key from the query's diagonal|. Symmetric, so it also serves attention that
+// is not causal. Applied after the soft cap.
 #include "variants/variant.h"
 
 #if defined(HEED_VARIANTS_ALIBI_H_) == defined(HWY_TARGET_TOGGLE)

@@ -1,7 +1,7 @@
 // Causal masks and sliding windows: query i keeps the keys of a band around its diagonal,
 //   diagonal(i) - left <= j <= diagonal(i) + right,   diagonal(i) = i + offset.
-// A causal mask is right == 0. The mask owns its loop bounds: what a kernel skips, what it may leave unmasked and what it
-// masks all come from the functions below, so they cannot disagree.
+// A causal mask is right == 0. The mask owns its loop bounds: what a kernel skips, what it may leave unmasked and what
+// it masks all come from the functions below, so they cannot disagree.
 #pragma once
 
 #include "variants/host_device.h"
@@ -40,9 +40,7 @@ struct Band {
     return {queries.end - 1 + offset - left, queries.begin + offset + right + 1};
   }
   // Queries that see key j.
-  HEED_HOST_DEVICE constexpr Range queries_of(Index j) const {
-    return {j - offset - right, j - offset + left + 1};
-  }
+  HEED_HOST_DEVICE constexpr Range queries_of(Index j) const { return {j - offset - right, j - offset + left + 1}; }
 };
 
 // A window of -1 is unbounded on that side. `is_bottom_right`: the last query sits on the last key's diagonal.

@@ -13,8 +13,8 @@ struct SegmentKeys {
   bool needs_mask;
 };
 
-// The mask owns its loop bounds here too: keys at either end whose id no query carries are dropped. Where segments lie one
-// after the other this leaves exactly the keys of the queries' own segments. `kv_id(j)` reads an id.
+// The mask owns its loop bounds here too: keys at either end whose id no query carries are dropped. Where segments lie
+// one after the other this leaves exactly the keys of the queries' own segments. `kv_id(j)` reads an id.
 template <class KvId>
 HEED_HOST_DEVICE constexpr SegmentKeys segment_keys(Range keys, int q_min, int q_max, KvId kv_id) {
   while (keys.begin < keys.end && (kv_id(keys.begin) < q_min || kv_id(keys.begin) > q_max)) ++keys.begin;

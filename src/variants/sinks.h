@@ -1,14 +1,14 @@
-// Attention sinks: one raw logit per query head (neither scaled nor capped) that joins the softmax denominator and carries
-// no value. `finish_row` is the end of every online softmax, with or without a sink.
+// Attention sinks: one raw logit per query head (neither scaled nor capped) that joins the softmax denominator and
+// carries no value. `finish_row` is the end of every online softmax, with or without a sink.
 #pragma once
 
 #include "variants/host_device.h"
 
 namespace heed::variants {
 
-// The end of a row: its output is out_scale times the accumulated one, its lse is top + log(total).
+// The end of a row: its output is the accumulated one over `divisor`, its lse is top + log(total).
 struct RowEnd {
-  double out_scale;
+  double divisor;
   double top;
   double total;
 };
@@ -17,13 +17,13 @@ struct RowEnd {
 // `exp` is the double precision function. Infinite and NaN sinks follow IEEE arithmetic.
 template <class Exp>
 HEED_HOST_DEVICE inline RowEnd finish_row(double max, double sum, bool has_sink, double sink, const Exp& exp) {
-  if (sum == 0.0 && (!has_sink || sink == max)) return {0.0, max, 1.0};  // no visible key (and a sink of -inf, if any)
-  if (!has_sink) return {1.0 / sum, max, sum};
+  if (sum == 0.0 && (!has_sink || sink == max)) return {1.0, max, 1.0};  // no visible key (and a sink of -inf, if any)
+  if (!has_sink) return {sum, max, sum};
   // The larger of both is taken out of the exponentials, so that neither overflows.
   const double top = sink > max ? sink : max;
   const double shrink = max == top ? 1.0 : exp(max - top);
   const double total = sum * shrink + exp(sink - top);
-  return {shrink / total, top, total};
+  return {total / shrink, top, total};  // with a sink far above every score the divisor is infinite, the output 0
 }
 
 }  // namespace heed::variants

@@ -1,13 +1,16 @@
 """The XLA custom call that runs attention: its name, its registration, and how the call is written in StableHLO."""
 
+# mypy: disable-error-code="no-untyped-call"
+# JAX leaves parts of its API untyped.
 from __future__ import annotations
 
+import ctypes
 import re
 import threading
 from collections.abc import Sequence
 from typing import Any
 
-import jax_tvm_ffi
+import jax
 import numpy as np
 from jax.interpreters import mlir
 from jaxlib import xla_client
@@ -24,13 +27,9 @@ def register() -> None:
     """Registers the target with XLA, once per process (also when this module is reloaded)."""
     with _registration:
         if TARGET_NAME not in xla_client.custom_call_targets("Host"):
-            jax_tvm_ffi.register_ffi_target(
-                TARGET_NAME,
-                _lib.function("attention_fwd"),
-                ["attrs.problem", "args", "rets"],
-                platform="cpu",
-                allow_cuda_graph=True,
-            )
+            library = ctypes.CDLL(str(_lib.library_dir() / "libheed_ffi.so"))
+            handler = jax.ffi.pycapsule(library.heed_xla_attention_fwd)
+            jax.ffi.register_ffi_target(TARGET_NAME, handler, platform="cpu")
 
 
 def _row_major_layouts(types: Sequence[Any]) -> ir.Attribute:

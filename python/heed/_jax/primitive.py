@@ -4,6 +4,8 @@ Operands are those present, in the order of `OPERAND_NAMES`. Each has the same n
 (which broadcasts): `vmap` adds one per level. Results are out[, lse].
 """
 
+# mypy: disable-error-code="no-untyped-call"
+# JAX leaves parts of its API untyped.
 from __future__ import annotations
 
 import functools
@@ -14,8 +16,9 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
+from heed._errors import UnsupportedError
 from heed._jax import axes, ffi_target, partition
 from heed._problem import OPERAND_NAMES, AttentionStatics, Spec, attention_text, require_kernel, resolve_attention
 
@@ -28,9 +31,7 @@ def result_names(statics: AttentionStatics) -> tuple[str, ...]:
 
 
 def _problem_text(statics: AttentionStatics, operands: Sequence[str], avals: Sequence[Any]) -> str:
-    specs: dict[str, Spec] = {
-        name: (str(aval.dtype), aval.shape) for name, aval in zip(operands, avals, strict=True)
-    }
+    specs: dict[str, Spec] = {name: (str(aval.dtype), aval.shape) for name, aval in zip(operands, avals, strict=True)}
     return attention_text(statics, [specs.get(name) for name in OPERAND_NAMES])
 
 
@@ -84,8 +85,8 @@ def _check_disjoint(sharded: dict[str, Any]) -> None:
             other = taken.setdefault(mesh_axis, axis)
             if other != axis:
                 raise ValueError(
-                    f"flash_mha: got both {other} and {axis} sharded over mesh axis {mesh_axis!r} (by different operands), "
-                    "expected different mesh axes (move an operand with jax.sharding.reshard)."
+                    f"flash_mha: got both {other} and {axis} sharded over mesh axis {mesh_axis!r}, by different "
+                    "operands, expected different mesh axes (move an operand with jax.sharding.reshard)."
                 )
 
 
@@ -126,13 +127,10 @@ def _abstract_eval(*avals: Any, statics: AttentionStatics, operands: tuple[str, 
     for name, shape in zip(results, shapes, strict=True):
         entries = [sharded.get(axis) for axis in axes.axis_names(name, len(shape))]
         entries = [None if size == 1 else entry for size, entry in zip(shape, entries, strict=True)]
-        dtype = q.dtype if name == "out" else jnp.float32
+        dtype = q.dtype if name == "out" else jnp.dtype(jnp.float32)
+        sharding = NamedSharding(mesh, PartitionSpec(*entries))
         # `update` keeps what else a type has, such as the manual mesh axes that it varies over.
-        typed.append(
-            q.update(
-                shape=shape, dtype=jnp.dtype(dtype), weak_type=False, sharding=NamedSharding(mesh, PartitionSpec(*entries))
-            )
-        )
+        typed.append(q.update(shape=shape, dtype=dtype, weak_type=False, sharding=sharding))
     return typed
 
 
@@ -144,7 +142,7 @@ attention_fwd_p.def_abstract_eval(_abstract_eval)
 
 def _jvp(primals: Any, tangents: Any, **_: Any) -> Any:
     raise NotImplementedError(
-        "heed.flash_mha cannot be differentiated yet: this version of heed has no backward pass, so jax.grad, jax.vjp and "
+        "heed.flash_mha has no gradients yet: this version of heed has the forward pass only, so jax.grad, jax.vjp and "
         "jax.jvp do not work through it. Use jax.lax.stop_gradient on its operands if no gradient is meant to flow."
     )
 
@@ -167,27 +165,43 @@ def _batch(args: Sequence[Any], dims: Sequence[Any], **params: Any) -> tuple[lis
 batching.primitive_batchers[attention_fwd_p] = _batch
 
 
-# Lowering: one rule per platform. What cannot be served raises here, with heed's own error type.
+# Lowering. The call is the same text for every platform (each has its own handler under the target's name), so one rule
+# checks every platform that the program is for. What cannot be served raises here, with heed's own error type.
 
 
-def _is_partitioned(context: Any) -> bool:
-    """Whether XLA will still divide the program that is being lowered: several devices, and not wholly manual."""
-    if isinstance(context, mlir.SPMDAxisContext):
-        return set(context.manual_axes) != set(context.mesh.axis_names)
-    return isinstance(context, mlir.ShardingContext) and context.num_devices > 1
+def _require_kernel(text: str, platform: str) -> None:
+    if platform not in ("cpu", "cuda"):
+        reason = f"heed has no kernels for the platform {platform}, only for cpu and cuda"
+        raise UnsupportedError(f"flash_mha: {reason}", {platform: reason})
+    target = "cpu" if platform == "cpu" else _cuda_target()
+    require_kernel(resolve_attention(text, target), "flash_mha", target)
 
 
-def _lower_cpu(ctx: Any, *values: Any, statics: AttentionStatics, operands: tuple[str, ...]) -> Any:
+def _cuda_target() -> str:
+    try:
+        major, minor = str(jax.devices("cuda")[0].compute_capability).split(".")
+    except (RuntimeError, AttributeError, ValueError):  # lowering for a platform that is not here
+        return "cuda"
+    return f"sm_{major}{minor}"
+
+
+def _is_manual(context: Any) -> bool:
+    """Whether the program that is being lowered is one device's share (inside `shard_map`): XLA will not divide it."""
+    return isinstance(context, mlir.SPMDAxisContext) and set(context.manual_axes) == set(context.mesh.axis_names)
+
+
+def _lower(ctx: Any, *values: Any, statics: AttentionStatics, operands: tuple[str, ...]) -> Any:
     text = _problem_text(statics, operands, ctx.avals_in)
-    resolution = resolve_attention(text, "cpu")
-    require_kernel(resolution, "flash_mha", "cpu")
+    for platform in ctx.platforms or ctx.module_context.platforms:
+        _require_kernel(text, platform)
     ffi_target.register()
-    is_partitioned = _is_partitioned(ctx.module_context.axis_context)
-    if is_partitioned:
+    partition.register()
+    is_manual = _is_manual(ctx.module_context.axis_context)
+    if not is_manual:
         partition.refuse_visible(operands, ctx.avals_in, values)
-    call = ffi_target.emit_call(values, [ffi_target.tensor_type(aval.shape, aval.dtype) for aval in ctx.avals_out], text)
-    if is_partitioned:
-        partition.register()
+    result_types = [ffi_target.tensor_type(aval.shape, aval.dtype) for aval in ctx.avals_out]
+    call = ffi_target.emit_call(values, result_types, text)
+    if not is_manual:  # also for one device: an exported program may be called on sharded arrays
         call.operation.attributes["sdy.sharding_rule"] = partition.sharding_rule(
             {name: aval.shape for name, aval in zip(operands, ctx.avals_in, strict=True)},
             {name: aval.shape for name, aval in zip(result_names(statics), ctx.avals_out, strict=True)},
@@ -205,29 +219,8 @@ def _constrain(ctx: Any, value: Any, aval: Any) -> Any:
     return constrained
 
 
-def _cuda_target() -> str:
-    try:
-        major, minor = str(jax.devices("cuda")[0].compute_capability).split(".")
-    except (RuntimeError, AttributeError, ValueError):  # lowering for a platform that is not here
-        return "cuda"
-    return f"sm_{major}{minor}"
-
-
-def _lower_cuda(ctx: Any, *values: Any, statics: AttentionStatics, operands: tuple[str, ...]) -> Any:
-    target = _cuda_target()
-    require_kernel(resolve_attention(_problem_text(statics, operands, ctx.avals_in), target), "flash_mha", target)
-    raise NotImplementedError(f"flash_mha: no call is registered for {target}")
-
-
-def _lower_other(ctx: Any, *values: Any, statics: AttentionStatics, operands: tuple[str, ...]) -> Any:
-    target = "/".join(ctx.platforms or ctx.module_context.platforms)
-    require_kernel(resolve_attention(_problem_text(statics, operands, ctx.avals_in), target), "flash_mha", target)
-    raise NotImplementedError(f"flash_mha: no call is registered for {target}")
-
-
-mlir.register_lowering(attention_fwd_p, _lower_other)
-mlir.register_lowering(attention_fwd_p, _lower_cpu, platform="cpu", cacheable=False)
-mlir.register_lowering(attention_fwd_p, _lower_cuda, platform="cuda")
+# Not cacheable: the rule looks at where its operands come from.
+mlir.register_lowering(attention_fwd_p, _lower, cacheable=False)
 
 
 # Eager calls.
@@ -246,14 +239,15 @@ def compiled(statics: AttentionStatics, operands: tuple[str, ...]) -> Any:
 @attention_fwd_p.def_impl
 def _impl(*arrays: Any, statics: AttentionStatics, operands: tuple[str, ...]) -> Any:
     check_placement(operands, arrays)
-    return compiled(statics, operands)(*arrays)
+    with jax.disable_jit(False):  # the only way to run is compiled, whatever the user set
+        return compiled(statics, operands)(*arrays)
 
 
 def check_placement(operands: Sequence[str], arrays: Sequence[Any]) -> None:
     """Refuses concrete arrays that are sharded along an axis that attention cannot keep sharded."""
     for name, array in zip(operands, arrays, strict=True):
         sharding = getattr(array, "sharding", None)
-        if sharding is None or sharding.is_fully_replicated:
+        if sharding is None or type(sharding) is SingleDeviceSharding or sharding.is_fully_replicated:
             continue
         local = sharding.shard_shape(array.shape)
         for axis, size, local_size in zip(axes.axis_names(name, array.ndim), array.shape, local, strict=True):
