@@ -1,20 +1,24 @@
-"""Shared by all tests: four CPU devices for JAX, the marker `gpu`, the seed of random tests, and the faces under test."""
+"""Shared by all tests: four CPU devices for JAX, the marker `gpu`, the seed of random tests, the faces under test."""
 
 from __future__ import annotations
 
-import functools
 import os
 import sys
-from collections.abc import Callable
-from typing import Any
-
-import numpy as np
-import pytest
 
 # Before anything imports JAX: sharding tests need several devices.
 _DEVICES_FLAG = "--xla_force_host_platform_device_count"
 if _DEVICES_FLAG not in os.environ.get("XLA_FLAGS", "") and "jax" not in sys.modules:
     os.environ["XLA_FLAGS"] = (os.environ.get("XLA_FLAGS", "") + f" {_DEVICES_FLAG}=4").strip()
+# Before anything imports NumPy: on a busy machine OpenBLAS threads spin for each other, and the oracle's many small
+# products take a hundred times longer.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
+import functools  # noqa: E402
+from collections.abc import Callable  # noqa: E402
+from typing import Any  # noqa: E402
+
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -7,6 +7,7 @@ import math
 from typing import Any, NamedTuple
 
 import numpy as np
+
 from heed import reference
 from specs import AttentionSpec, make_inputs
 from tolerance import assert_close
@@ -28,7 +29,9 @@ class Expected(NamedTuple):
 
     def rows(self, rows: Any) -> Expected:
         """Some query rows only."""
-        return Expected(self.out[..., rows, :, :], self.lse[..., rows], self.naive_out[..., rows, :, :], self.naive_lse[..., rows])
+        return Expected(
+            self.out[..., rows, :, :], self.lse[..., rows], self.naive_out[..., rows, :, :], self.naive_lse[..., rows]
+        )
 
 
 def expected(q: np.ndarray, k: np.ndarray, v: np.ndarray, **options: Any) -> Expected:

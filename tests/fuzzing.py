@@ -1,8 +1,8 @@
 """Random problems for the fuzz tests: valid ones in random memory layouts, and ways to spoil them.
 
 Numbers are drawn so that float32 results are well conditioned (scores exact in float32 and about 8, so that no
-log-sum-exp is near 0; positive values, so that no sum cancels): then the tolerance rule holds for each of a million tiny
-rows, and what fails is wrong. The named specs have the numbers that are not so kind.
+log-sum-exp is near 0; positive values, so that no sum cancels): then the tolerance rule holds for each of a million
+tiny rows, and what fails is wrong. The named specs have the numbers that are not so kind.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
+
 from expected import Expected, expected
 from specs import DTYPES
 
@@ -75,7 +76,10 @@ def draw_case(rng: np.random.Generator, *, max_lead: int) -> Case:
     head_dim = 1 + int(rng.integers(256 if large else 24))
     head_dim_v = head_dim if rng.random() < 0.5 else 1 + int(rng.integers(256 if large else 24))
     dtype = DTYPES[pick(rng, *DTYPES)]
-    lead = tuple(int(rng.integers(0, 3)) if rng.random() < 0.1 else 1 + int(rng.integers(2)) for _ in range(int(rng.integers(max_lead + 1))))
+    lead = tuple(
+        int(rng.integers(0, 3)) if rng.random() < 0.1 else 1 + int(rng.integers(2))
+        for _ in range(int(rng.integers(max_lead + 1)))
+    )
 
     def leading() -> tuple[int, ...]:
         return tuple(1 if rng.random() < 0.4 else size for size in lead)
@@ -92,7 +96,9 @@ def draw_case(rng: np.random.Generator, *, max_lead: int) -> Case:
     if rng.random() < 0.25:
         operands["sinks"] = (normal(heads, step=0.125) + 8.0).astype(np.float32)
     if rng.random() < 0.25:
-        operands["alibi_slopes"] = (rng.integers(0, 9, (*leading(), heads)) / (1024.0 if large else 64.0)).astype(np.float32)
+        operands["alibi_slopes"] = (rng.integers(0, 9, (*leading(), heads)) / (1024.0 if large else 64.0)).astype(
+            np.float32
+        )
     if rng.random() < 0.25:
         operands["q_segment_ids"] = rng.integers(-1, 2, (*leading(), batch, q_len)).astype(np.int32)
         operands["kv_segment_ids"] = rng.integers(-1, 2, (*leading(), batch, kv_len)).astype(np.int32)
@@ -149,7 +155,9 @@ class Guarded:
     def __init__(self, rng: np.random.Generator, shape: tuple[int, ...], dtype: Any) -> None:
         self.view, self.memory = random_layout(rng, shape, dtype)
         self._bytes = self.memory.view(np.uint8)
-        self._bytes[...] = rng.integers(0, 256, 64, dtype=np.uint8).repeat(-(-self._bytes.size // 64))[: self._bytes.size]
+        self._bytes[...] = rng.integers(0, 256, 64, dtype=np.uint8).repeat(-(-self._bytes.size // 64))[
+            : self._bytes.size
+        ]
         self._before = self._bytes.copy()
 
     def is_untouched(self) -> bool:
@@ -187,7 +195,9 @@ def text_of(case: Case) -> str:
     )
 
 
-_NUMBER = r"-?0x-?(?:[0-9a-fA-F]+\.?[0-9a-fA-F]*|\.[0-9a-fA-F]+)(?:[pP][+-]*\d+)?"  # what C++ reads as a hexadecimal number
+_NUMBER = (
+    r"-?0x-?(?:[0-9a-fA-F]+\.?[0-9a-fA-F]*|\.[0-9a-fA-F]+)(?:[pP][+-]*\d+)?"  # what C++ reads as a hexadecimal number
+)
 _TEXT = re.compile(
     r"attention_fwd\.v1" + "".join(rf"(?:;{name}=([a-z0-9_]+)\[((?:-?\d+(?:,-?\d+)*)?)\])?" for name in OPERANDS) +
     rf";scale=(default|{_NUMBER});causal=([01]);align=(bottom_right|top_left);window=(-?\d+),(-?\d+)"
@@ -225,7 +235,21 @@ def spoil_text(rng: np.random.Generator, text: str) -> str:
     at = int(rng.integers(len(text) + 1))
     fields = text.split(";")
     one = int(rng.integers(len(fields)))
-    wild = pick(rng, "0", "1", "-1", "7", "2147483648", "9223372036854775807", "99999999999999999999", "x", "", "0x1p+3", "nan", "1e9")
+    wild = pick(
+        rng,
+        "0",
+        "1",
+        "-1",
+        "7",
+        "2147483648",
+        "9223372036854775807",
+        "99999999999999999999",
+        "x",
+        "",
+        "0x1p+3",
+        "nan",
+        "1e9",
+    )
     how = int(rng.integers(9))
     if how == 0:
         return text[:at] + text[at + 1 :]
@@ -246,8 +270,12 @@ def spoil_text(rng: np.random.Generator, text: str) -> str:
         return text[: chosen.start()] + wild + text[chosen.end() :]
     if how == 7:
         old = pick(rng, "float32", "float16", "bfloat16", "int32", "top_left", "bottom_right", "default", "auto", "v1")
-        return text.replace(old, pick(rng, "float32", "float16", "float64", "uint8", "sm90", "v2", "default", "top_left", ""), 1)
-    return pick(rng, "", ";", "attention_fwd.v1", text * 2, text + ";", text.upper(), "\x00" + text, text + "\x00", "q" * 5000)
+        return text.replace(
+            old, pick(rng, "float32", "float16", "float64", "uint8", "sm90", "v2", "default", "top_left", ""), 1
+        )
+    return pick(
+        rng, "", ";", "attention_fwd.v1", text * 2, text + ";", text.upper(), "\x00" + text, text + "\x00", "q" * 5000
+    )
 
 
 def spoil_arguments(rng: np.random.Generator, arguments: list[Any]) -> None:
@@ -265,7 +293,9 @@ def spoil_arguments(rng: np.random.Generator, arguments: list[Any]) -> None:
         other = int(rng.integers(len(arguments)))
         arguments[at], arguments[other] = arguments[other], victim
     elif how == 4:
-        dtype = pick(rng, np.float32, np.float16, np.float64, np.int32, np.int8, np.uint16, np.uint32, np.complex64, np.bool_)
+        dtype = pick(
+            rng, np.float32, np.float16, np.float64, np.int32, np.int8, np.uint16, np.uint32, np.complex64, np.bool_
+        )
         arguments[at] = np.zeros(victim.shape, dtype)
     elif how == 5:
         shape = list(victim.shape) or [1]
@@ -273,7 +303,9 @@ def spoil_arguments(rng: np.random.Generator, arguments: list[Any]) -> None:
         shape[axis] = max(0, shape[axis] + pick(rng, -1, 1, 5))
         arguments[at] = np.zeros(shape, victim.dtype)
     else:
-        arguments[at] = victim[None] if rng.random() < 0.5 or victim.ndim == 0 else victim[0] if len(victim) else victim[None]
+        arguments[at] = (
+            victim[None] if rng.random() < 0.5 or victim.ndim == 0 else victim[0] if len(victim) else victim[None]
+        )
 
 
 # Bad arguments of the Python function --------------------------------------------------------------------------------
@@ -285,7 +317,20 @@ BAD_OPTIONS: dict[str, tuple[Any, ...]] = {
     "is_causal": (0, 1, None, "no", np.int64(1), 1.0),
     "return_lse": (0, None, "yes", np.array([True, False])),
     "deterministic": (1, None, ""),
-    "window_size": (None, 3, (1,), (1, 2, 3), (-2, 0), (0, -2), (-(2**40), 5), (1.5, 2), ("a", "b"), (True, 1), {}, "ab"),
+    "window_size": (
+        None,
+        3,
+        (1,),
+        (1, 2, 3),
+        (-2, 0),
+        (0, -2),
+        (-(2**40), 5),
+        (1.5, 2),
+        ("a", "b"),
+        (True, 1),
+        {},
+        "ab",
+    ),
     "causal_align": (None, "", "top-left", "TOP_LEFT", 0, b"top_left"),
     "backend": ("", "gpu", "cuda", "CPU", 80, "sm80", "sm90"),
 }
@@ -305,8 +350,8 @@ def spoil_call(rng: np.random.Generator, case: Case) -> dict[str, Any]:
     if how == 0:
         given[which] = np.zeros(array.shape[1:], array.dtype)
     elif how == 1:
-        bad = (np.float64, np.int32, np.uint8, np.complex64, bool, ">f4", object)
-        given[which] = np.zeros(array.shape, pick(rng, *bad))
+        bad_dtype = pick(rng, np.float64, np.int32, np.uint8, np.complex64, bool, ">f4", object)
+        given[which] = np.zeros(array.shape, bad_dtype)
     elif how == 2:
         axis = int(rng.integers(4 if which != "q" else 1))
         axis = 3 if which == "q" else axis
@@ -329,8 +374,9 @@ def spoil_call(rng: np.random.Generator, case: Case) -> dict[str, Any]:
     elif how == 5:
         good_q, good_kv = np.zeros(q.shape[:2], np.int32), np.zeros(k.shape[:2], np.int32)
         batch, length = q.shape[:2]
-        bad_q = (np.zeros((batch + 1, length), np.int32), np.zeros((batch, length + 1), np.int32), np.zeros(length + 3, np.int32),
-                 np.zeros((batch, length)), np.full((batch + 1, length + 1), 2**40), None, "ids")  # fmt: skip
+        bad_q = (np.zeros((batch + 1, length), np.int32), np.zeros((batch, length + 1), np.int32),
+                 np.zeros(length + 3, np.int32), np.zeros((batch, length)), np.full((batch + 1, length + 1), 2**40),
+                 None, "ids")  # fmt: skip
         given["segment_ids"] = (pick(rng, *bad_q), good_kv) if rng.random() < 0.7 else (good_q, good_kv, good_q)
     elif how == 6:
         given[which] = pick(rng, None, 3.0, "q", [[1.0]], object(), np.float32(1.0))

@@ -40,7 +40,9 @@ class AttentionSpec:
     softcap: float | None = None
     sinks: bool = False
     alibi: bool = False
-    segments: str = "none"  # none, packed (three documents), padded (tail hidden, NaN there), cross (own ids for q and kv)
+    segments: str = (
+        "none"  # none, packed (three documents), padded (tail hidden, NaN there), cross (own ids for q and kv)
+    )
     numbers: str = "gaussian"  # gaussian, positive, large_logits, skewed, nan_hidden, nan_visible, integer
 
     def __post_init__(self) -> None:
@@ -58,7 +60,7 @@ class AttentionSpec:
         return {name: getattr(self, name) for name in fields if getattr(self, name) != defaults[name]}
 
     def flops(self) -> float:
-        """Multiply-adds of the two products, counted twice, over the pairs that the masks keep (segments not counted)."""
+        """Additions and multiplications of the two products, over the pairs that causal masks and windows keep."""
         left, right = self.window_size
         right = 0 if self.is_causal else right
         offset = self.kv_len - self.q_len if self.causal_align == "bottom_right" else 0
@@ -107,7 +109,9 @@ def make_inputs(spec: AttentionSpec, seed: int = 0) -> AttentionInputs:
         scale = spec.softmax_scale or spec.head_dim_qk**-0.5
         q[0] += direction * np.sqrt(80.0 / scale)
         k[0] += direction * np.sqrt(80.0 / scale)
-    elif spec.numbers == "nan_hidden":  # the last half of the keys: hidden by the spec's causal mask from the first rows
+    elif (
+        spec.numbers == "nan_hidden"
+    ):  # the last half of the keys: hidden by the spec's causal mask from the first rows
         k[:, spec.kv_len // 2 :], v[:, spec.kv_len // 2 :] = np.nan, np.inf
     elif spec.numbers == "nan_visible":
         v[0, spec.kv_len // 2, 0, 0] = np.nan
@@ -159,10 +163,19 @@ def _conformance() -> list[AttentionSpec]:
     dtypes = list(DTYPES)
     for i, head_dim in enumerate((8, 16, 32, 59, 72, 80, 96, 112, 128, 192, 224, 255, 256)):
         specs.append(
-            spec(f"head_dim_{head_dim}", q_len=37, kv_len=70, head_dim_qk=head_dim, is_causal=i % 2 == 0, dtype=dtypes[i % 3])
+            spec(
+                f"head_dim_{head_dim}",
+                q_len=37,
+                kv_len=70,
+                head_dim_qk=head_dim,
+                is_causal=i % 2 == 0,
+                dtype=dtypes[i % 3],
+            )
         )
     for head_dim in (1, 3, 7):
-        specs.append(spec(f"head_dim_{head_dim}", batch=1, q_len=9, kv_len=23, head_dim_qk=head_dim, numbers="positive"))
+        specs.append(
+            spec(f"head_dim_{head_dim}", batch=1, q_len=9, kv_len=23, head_dim_qk=head_dim, numbers="positive")
+        )
     for i, (qk, head_dim_v) in enumerate(((192, 128), (128, 96), (64, 256), (40, 17), (17, 40))):
         specs.append(
             spec(f"head_dim_{qk}_v_{head_dim_v}", q_len=33, kv_len=90, head_dim_qk=qk, head_dim_v=head_dim_v,
@@ -176,7 +189,9 @@ def _conformance() -> list[AttentionSpec]:
                  dtype=dtypes[group % 3])
         )  # fmt: skip
     specs.append(spec("gqa_64_over_4", batch=1, q_len=17, kv_len=65, num_q_heads=64, num_kv_heads=4, head_dim_qk=32))
-    specs.append(spec("mqa_64", batch=1, q_len=17, kv_len=65, num_q_heads=64, num_kv_heads=1, head_dim_qk=32, is_causal=True))
+    specs.append(
+        spec("mqa_64", batch=1, q_len=17, kv_len=65, num_q_heads=64, num_kv_heads=1, head_dim_qk=32, is_causal=True)
+    )
 
     # Lengths: nothing, one, primes, tails, more queries than keys.
     specs += [
@@ -201,7 +216,9 @@ def _conformance() -> list[AttentionSpec]:
     # Alignment and windows.
     specs += [
         spec("top_left_causal", q_len=90, kv_len=130, is_causal=True, causal_align="top_left"),
-        spec("top_left_causal_q_longer", q_len=130, kv_len=90, is_causal=True, causal_align="top_left", dtype="bfloat16"),
+        spec(
+            "top_left_causal_q_longer", q_len=130, kv_len=90, is_causal=True, causal_align="top_left", dtype="bfloat16"
+        ),
         spec("top_left_window", q_len=90, kv_len=130, window_size=(20, 7), causal_align="top_left"),
         spec("top_left_window_q_longer", q_len=400, kv_len=90, window_size=(20, 7), causal_align="top_left"),
         spec("window_left", q_len=160, kv_len=160, window_size=(30, -1)),
@@ -215,7 +232,9 @@ def _conformance() -> list[AttentionSpec]:
         spec("window_causal_overrides_right", q_len=100, kv_len=150, window_size=(64, 20), is_causal=True),
         spec("window_q_longer", q_len=200, kv_len=60, window_size=(10, 10)),
         spec("window_333", batch=1, q_len=300, kv_len=4096, num_q_heads=8, head_dim_qk=128, window_size=(333, 0)),
-        spec("window_2048_2080", batch=1, q_len=2048, kv_len=2080, head_dim_qk=16, window_size=(128, 0), dtype="bfloat16"),
+        spec(
+            "window_2048_2080", batch=1, q_len=2048, kv_len=2080, head_dim_qk=16, window_size=(128, 0), dtype="bfloat16"
+        ),
     ]
 
     # Score functions, sinks, segments.
@@ -227,20 +246,24 @@ def _conformance() -> list[AttentionSpec]:
         spec("softcap_causal", softcap=30.0, softmax_scale=0.5, q_len=70, kv_len=130, is_causal=True, dtype="bfloat16"),
         spec("softcap_gqa", softcap=50.0, num_q_heads=8, q_len=70, kv_len=130, dtype="float16"),
         spec("sinks", sinks=True, num_q_heads=4, q_len=70, kv_len=130),
-        spec("sinks_causal_empty_rows", sinks=True, num_q_heads=4, q_len=130, kv_len=70, is_causal=True, dtype="bfloat16"),
+        spec("sinks_causal_empty_rows", sinks=True, num_q_heads=4, q_len=130, kv_len=70, is_causal=True,
+             dtype="bfloat16"),
         spec("sinks_window", sinks=True, q_len=130, kv_len=130, window_size=(16, 0), dtype="float16"),
         spec("alibi", alibi=True, num_q_heads=8, num_kv_heads=8, q_len=70, kv_len=70, head_dim_qk=32),
         spec("alibi_causal", alibi=True, num_q_heads=8, q_len=90, kv_len=130, is_causal=True, dtype="bfloat16"),
-        spec("alibi_top_left", alibi=True, num_q_heads=4, q_len=90, kv_len=130, is_causal=True, causal_align="top_left"),
+        spec("alibi_top_left", alibi=True, num_q_heads=4, q_len=90, kv_len=130, is_causal=True,
+             causal_align="top_left"),
         spec("alibi_q_longer", alibi=True, num_q_heads=4, q_len=130, kv_len=90, dtype="float16"),
         spec("segments_packed", segments="packed", batch=8, q_len=128, kv_len=128, num_q_heads=4, num_kv_heads=4,
              head_dim_qk=16, dtype="float16"),
-        spec("segments_packed_causal", segments="packed", batch=3, q_len=150, kv_len=150, is_causal=True, dtype="bfloat16"),
+        spec("segments_packed_causal", segments="packed", batch=3, q_len=150, kv_len=150, is_causal=True,
+             dtype="bfloat16"),
         spec("segments_cross", segments="cross", q_len=70, kv_len=150, num_q_heads=6),
         spec("segments_padded", segments="padded", q_len=100, kv_len=170, dtype="float16"),
         spec("segments_padded_causal", segments="padded", q_len=140, kv_len=140, is_causal=True),
         spec("everything", batch=3, q_len=110, kv_len=170, num_q_heads=6, num_kv_heads=2, head_dim_qk=72, head_dim_v=40,
-             softmax_scale=0.2, is_causal=True, window_size=(90, 3), softcap=8.0, sinks=True, alibi=True, segments="cross"),
+             softmax_scale=0.2, is_causal=True, window_size=(90, 3), softcap=8.0, sinks=True, alibi=True,
+             segments="cross"),
         spec("everything_top_left", batch=2, q_len=170, kv_len=110, num_q_heads=4, num_kv_heads=2, head_dim_qk=48,
              causal_align="top_left", window_size=(60, 30), softcap=20.0, sinks=True, alibi=True, segments="cross",
              dtype="bfloat16"),
@@ -265,17 +288,23 @@ def _benchmarks() -> list[AttentionSpec]:
     for dtype in ("float32", "bfloat16"):
         for causal in (False, True):
             tail = ("_causal" if causal else "") + f"_{dtype}"
-            for batch, length, heads, kv_heads, head_dim in ((1, 2048, 8, 8, 64), (1, 4096, 8, 8, 128), (4, 512, 16, 4, 128)):
+            for batch, length, heads, kv_heads, head_dim in (
+                (1, 2048, 8, 8, 64),
+                (1, 4096, 8, 8, 128),
+                (4, 512, 16, 4, 128),
+            ):
                 specs.append(
-                    AttentionSpec(f"b{batch}_s{length}_h{heads}_{kv_heads}_d{head_dim}{tail}", batch, length, length, heads,
-                                  kv_heads, head_dim, dtype=dtype, is_causal=causal)
+                    AttentionSpec(f"b{batch}_s{length}_h{heads}_{kv_heads}_d{head_dim}{tail}", batch, length, length,
+                                  heads, kv_heads, head_dim, dtype=dtype, is_causal=causal)
                 )  # fmt: skip
         specs.append(
-            AttentionSpec(f"b1_s4096_h8_8_d128_window256_{dtype}", 1, 4096, 4096, 8, 8, 128, dtype=dtype, is_causal=True,
-                          window_size=(255, 0))
+            AttentionSpec(f"b1_s4096_h8_8_d128_window256_{dtype}", 1, 4096, 4096, 8, 8, 128, dtype=dtype,
+                          is_causal=True, window_size=(255, 0))
         )  # fmt: skip
-    for length in (2048, 32768):
-        specs.append(AttentionSpec(f"decode_s{length}_h32_8_d128_bfloat16", 1, 1, length, 32, 8, 128, dtype="bfloat16"))
+    specs += [
+        AttentionSpec(f"decode_s{length}_h32_8_d128_bfloat16", 1, 1, length, 32, 8, 128, dtype="bfloat16")
+        for length in (2048, 32768)
+    ]
     return specs
 
 

@@ -1,8 +1,8 @@
 """One test per bug class that attention libraries have shipped, as far as a forward pass can meet it.
 
-Head dims, group sizes, D_qk != D_v, tails and odd sizes are rows of the named specs (see `test_every_class_has_its_specs`);
-this file holds what needs a test of its own. Classes of other ops (merging, caches, paging, gradients, captured graphs)
-come with those ops.
+Head dims, group sizes, D_qk != D_v, tails and odd sizes are rows of the named specs, and
+`test_every_class_has_its_specs` keeps them there; this file holds what needs a test of its own. Classes of other ops
+(merging, caches, paging, gradients, captured graphs) come with those ops.
 """
 
 from __future__ import annotations
@@ -10,9 +10,10 @@ from __future__ import annotations
 import mmap
 from typing import Any
 
-import heed
 import numpy as np
 import pytest
+
+import heed
 from conftest import Face
 from expected import expected, expected_of
 from heed import reference
@@ -38,7 +39,10 @@ def test_every_class_has_its_specs() -> None:
     assert any((s.q_len, s.kv_len) == (2048, 2080) for s in CONFORMANCE)
     assert {0, 1} <= {s.q_len for s in CONFORMANCE} and {0, 1} <= {s.kv_len for s in CONFORMANCE}
     assert any(s.is_causal and s.q_len > s.kv_len for s in CONFORMANCE)
-    assert any(s.segments == "packed" and (s.batch, s.q_len, s.num_q_heads, s.head_dim_qk) == (8, 128, 4, 16) for s in CONFORMANCE)
+    assert any(
+        s.segments == "packed" and (s.batch, s.q_len, s.num_q_heads, s.head_dim_qk) == (8, 128, 4, 16)
+        for s in CONFORMANCE
+    )
     for numbers in ("large_logits", "skewed", "nan_hidden", "nan_visible"):
         assert {s.dtype for s in CONFORMANCE if s.numbers == numbers} == set(DTYPES)
 
@@ -70,7 +74,7 @@ def test_a_sink_of_minus_infinity_is_no_sink() -> None:
     expected_of(spec).check(*sunk, "with sinks of -inf")
 
 
-@pytest.mark.parametrize("score", [-524288.0, -5e4, -2.0**60, -1e38])
+@pytest.mark.parametrize("score", [-524288.0, -5e4, -(2.0**60), -1e38])
 def test_a_very_negative_score_is_not_masked(score: float, flash_mha_face: Face) -> None:
     q = np.full((1, 3, 1, 1), score, np.float32)
     k, v = np.ones((1, 5, 1, 1), np.float32), np.arange(1.0, 6.0, dtype=np.float32).reshape(1, 5, 1, 1)
@@ -90,14 +94,22 @@ def test_hidden_numbers_never_reach_an_output(mask: str, dtype: str, hidden: flo
     """Hidden keys hold NaN or infinity right next to visible ones, inside the same tiles."""
     spec = AttentionSpec("hidden", q_len=75, kv_len=75, num_q_heads=4, head_dim_qk=40, dtype=dtype)
     inputs = make_inputs(spec)
-    options: dict[str, Any] = {"causal": {"is_causal": True}, "window": {"window_size": (20, 3)}, "segments": {},
-                               "top_left": {"is_causal": True, "causal_align": "top_left"}}[mask]  # fmt: skip
+    masks: dict[str, dict[str, Any]] = {
+        "causal": {"is_causal": True},
+        "window": {"window_size": (20, 3)},
+        "segments": {},
+        "top_left": {"is_causal": True, "causal_align": "top_left"},
+    }
+    options = masks[mask]
     arrays: dict[str, Any] = {}
     poisoned = np.arange(75) >= 41
     rows = np.arange(75) < 38  # the rows that see none of the poisoned keys
     if mask == "segments":
         poisoned = np.arange(75) % 3 == 1
-        arrays["segment_ids"] = (np.zeros((2, 75), np.int32), np.where(poisoned, 7, 0)[None].repeat(2, 0).astype(np.int32))
+        arrays["segment_ids"] = (
+            np.zeros((2, 75), np.int32),
+            np.where(poisoned, 7, 0)[None].repeat(2, 0).astype(np.int32),
+        )
         rows = np.full(75, True)
     want = expected(inputs.q, inputs.k, inputs.v, **arrays, **options).rows(rows)
     k, v = inputs.k.copy(), inputs.v.copy()
@@ -160,7 +172,9 @@ def sparse(count: int, dtype: Any) -> np.ndarray:
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
 def test_strides_beyond_32_bits(axis: str, dtype: str) -> None:
     """Elements lie more than 2^31 elements apart along one axis, the last axis of the others staying dense."""
-    spec = AttentionSpec("overflow", batch=3, q_len=3, kv_len=3, num_q_heads=3, num_kv_heads=3, head_dim_qk=72, dtype=dtype)
+    spec = AttentionSpec(
+        "overflow", batch=3, q_len=3, kv_len=3, num_q_heads=3, num_kv_heads=3, head_dim_qk=72, dtype=dtype
+    )
     inputs = make_inputs(spec)
     far = 2**31 + 72 if axis == "tokens" else 3 * 2**30 + 72
     strides = {"batch": (far, 3 * 72, 72, 1), "tokens": (72, far, 216, 1), "heads": (72, 216, far, 1)}[axis]
@@ -213,12 +227,20 @@ def test_a_thousand_repeats_are_bitwise_equal() -> None:
     inputs = make_inputs(spec)
     for _ in range(1000):
         out, lse = heed.flash_mha(
-            inputs.q, inputs.k, inputs.v, is_causal=True, sinks=inputs.arrays["sinks"], return_lse=True, deterministic=True
+            inputs.q,
+            inputs.k,
+            inputs.v,
+            is_causal=True,
+            sinks=inputs.arrays["sinks"],
+            return_lse=True,
+            deterministic=True,
         )
         assert out.tobytes() == first_out.tobytes() and lse.tobytes() == first_lse.tobytes()
 
 
-@pytest.mark.parametrize("name", ["everything", "window_333", "gqa_64_over_4", "primes_causal", "segments_padded", "alibi_causal"])
+@pytest.mark.parametrize(
+    "name", ["everything", "window_333", "gqa_64_over_4", "primes_causal", "segments_padded", "alibi_causal"]
+)
 def test_ten_repeats_are_bitwise_equal(name: str) -> None:
     results = {b"".join(x.tobytes() for x in call(BY_NAME[name])) for _ in range(10)}
     assert len(results) == 1
@@ -317,7 +339,7 @@ def test_head_major_layout_is_only_strides(kv_heads: int) -> None:
 
 
 def test_scores_beyond_float32() -> None:
-    """Scores overflow to infinity: never a finite lie. One infinite score makes its row NaN, as IEEE arithmetic does."""
+    """Scores overflow to infinity: never a finite lie. An infinite score makes its row NaN, as IEEE arithmetic does."""
     q = np.full((1, 2, 1, 4), 3e38, np.float32)
     out, lse = heed.flash_mha(q, q, np.ones_like(q), return_lse=True)
     assert not np.isfinite(out).any() and not np.isfinite(lse).any()

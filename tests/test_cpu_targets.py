@@ -7,8 +7,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import heed
 import pytest
+
+import heed
 from heed._lib import function
 
 TARGETS = list(function("cpu_targets")())
@@ -37,7 +38,12 @@ print(count)
 
 def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-c", code], env=os.environ | environment, capture_output=True, text=True, timeout=300, check=False
+        [sys.executable, "-c", code],
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
     )
 
 

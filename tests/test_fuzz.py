@@ -1,9 +1,9 @@
 """Random arguments, good and bad, thrown at the exported functions.
 
-Each call returns what the oracle says, or raises ValueError, TypeError or UnsupportedError; nothing crashes, and nothing
-outside of an output's elements is ever written. HEED_FUZZ_COUNT sets the number of calls (10,000), HEED_FUZZ_SEED the
-first seed; a failure names the seed of its case. This file imports neither JAX nor anything that does, so that it can run
-against a library with sanitizers.
+Each call returns what the oracle says, or raises ValueError, TypeError or UnsupportedError; nothing crashes, and
+nothing outside of an output's elements is ever written. HEED_FUZZ_COUNT sets the number of calls (10,000),
+HEED_FUZZ_SEED the seed; a failure names its case, which can be run again alone. This file imports neither JAX nor
+anything that does, so that it can run against a library with sanitizers.
 """
 
 from __future__ import annotations
@@ -13,10 +13,11 @@ import sys
 from collections import Counter
 from typing import Any
 
-import fuzzing
-import heed
 import numpy as np
 import pytest
+
+import fuzzing
+import heed
 from expected import expected
 from heed._arrays import numpy_view
 from heed._lib import function
@@ -60,11 +61,15 @@ def run_raw(number: int, rng: np.random.Generator) -> None:
     except TYPED as error:
         assert spoiled, f"a good call was refused: {error}\n{describe(number, case)}"
         assert str(error), "an error without a message"
-        assert all(output.is_untouched() for output in outputs), f"{error}, but an output was written\n{describe(number, case)}"
+        assert all(output.is_untouched() for output in outputs), (
+            f"{error}, but an output was written\n{describe(number, case)}"
+        )
         CALLS["raw refused"] += 1
         return
     CALLS["raw served"] += 1
-    assert all(output.is_intact_outside() for output in outputs), f"memory outside an output was written\n{describe(number, case)}"
+    assert all(output.is_intact_outside() for output in outputs), (
+        f"memory outside an output was written\n{describe(number, case)}"
+    )
     if spoiled:
         check_accepted(number, given, arguments, case, original)
     else:
@@ -76,17 +81,23 @@ def check_accepted(number: int, text: str, arguments: list[Any], case: fuzzing.C
     """A spoiled call was served: then it must mean something, and that must be what came out."""
     specs, options, wants_lse = fuzzing.parse(text)
     names = [name for name, spec in specs.items() if spec is not None]
-    assert len(arguments) == len(names) + 1 + wants_lse, f"case {number}: {len(arguments)} tensors were accepted for {text}"
+    assert len(arguments) == len(names) + 1 + wants_lse, (
+        f"case {number}: {len(arguments)} tensors were accepted for {text}"
+    )
     operands: dict[str, Any] = dict.fromkeys(fuzzing.OPERANDS)
     for name, array in zip(names, arguments, strict=False):
         dtype, shape = specs[name]  # type: ignore[misc]
         same = array.dtype.name == dtype or (array.dtype == np.uint16 and dtype == "bfloat16")
-        assert same and array.shape == shape, f"case {number}: {name} {array.dtype} {array.shape} was accepted for {text}"
+        assert same and array.shape == shape, (
+            f"case {number}: {name} {array.dtype} {array.shape} was accepted for {text}"
+        )
         operands[name] = array
-    # Numbers can be judged where they are the ones that were drawn: not after tensors have changed places, nor in float32
-    # with a scale or cap that makes scores inexact.
+    # Numbers can be judged where they are the ones that were drawn: not after tensors have changed places, nor in
+    # float32 with a scale or cap that makes scores inexact.
     is_same = len(arguments) == len(original) and all(a is b for a, b in zip(arguments, original, strict=True))
-    is_kind = case.dtype != np.float32 or all(options[name] == case.options[name] for name in ("softmax_scale", "softcap"))
+    is_kind = case.dtype != np.float32 or all(
+        options[name] == case.options[name] for name in ("softmax_scale", "softcap")
+    )
     if is_same and is_kind:
         want = fuzzing.want_of(operands, options)
         want.check(arguments[len(names)], arguments[-1] if wants_lse else None, f"case {number}: {text}")

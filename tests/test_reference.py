@@ -9,9 +9,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+
+from expected import expected, expected_of
 from heed import reference
 from specs import BY_NAME, CONFORMANCE, AttentionSpec, make_inputs
-from tolerance import assert_close
 
 
 def loops(spec: AttentionSpec) -> tuple[np.ndarray, np.ndarray]:
@@ -54,7 +55,9 @@ def loops(spec: AttentionSpec) -> tuple[np.ndarray, np.ndarray]:
     return out, lse
 
 
-SMALL = {"q_len": 11, "kv_len": 13, "num_q_heads": 4, "head_dim_qk": 5, "head_dim_v": 3, "batch": 2}
+attention_forward: Any = reference.attention_forward  # mypy would match unpacked operands with every parameter
+
+SMALL: dict[str, Any] = {"q_len": 11, "kv_len": 13, "num_q_heads": 4, "head_dim_qk": 5, "head_dim_v": 3, "batch": 2}
 DEFINITIONS = [
     AttentionSpec("ref_full", **SMALL),
     AttentionSpec("ref_causal", is_causal=True, **SMALL),
@@ -84,28 +87,37 @@ def test_float64_reference_is_the_definition(spec: AttentionSpec) -> None:
     out, lse = reference.attention_forward(inputs.q, inputs.k, inputs.v, **spec.static_options(), **inputs.arrays)
     want_out, want_lse = loops(spec)
     assert out.dtype == lse.dtype == np.float64
-    # Both are float64: the rule at float32 would hide an error of the reference, so ask for 1e-6 of its bound.
+    # Both are float64 and sum in different orders: they differ by a few roundings of the largest log-sum-exp.
     assert np.array_equal(np.isneginf(lse), np.isneginf(want_lse))
     scale = max(1.0, np.abs(want_lse[np.isfinite(want_lse)]).max(initial=0.0))
     assert np.abs(out - want_out).max(initial=0.0) < 1e-13 * scale
-    assert np.abs(np.where(np.isfinite(lse), lse - want_lse, 0)).max(initial=0.0) < 1e-13 * scale
+    seen = np.isfinite(lse)
+    assert np.abs(lse[seen] - want_lse[seen]).max(initial=0.0) < 1e-13 * scale
 
 
-@pytest.mark.parametrize("spec", DEFINITIONS + CONFORMANCE[:9], ids=lambda spec: spec.name)
+# XLA's tanh is less exact than NumPy's: a soft cap is compared where the output's rounding is larger.
+@pytest.mark.parametrize(
+    "spec",
+    [spec for spec in DEFINITIONS if not spec.softcap] + CONFORMANCE[:9] + [BY_NAME["softcap_gqa"]],
+    ids=lambda spec: spec.name,
+)
 def test_jnp_float32_reference_obeys_the_rule(spec: AttentionSpec) -> None:
     jnp = pytest.importorskip("jax.numpy")
     inputs = make_inputs(spec)
     options = spec.static_options() | inputs.arrays
-    oracle = reference.attention_forward(inputs.q, inputs.k, inputs.v, **options)
-    naive = reference.naive_attention_forward(inputs.q, inputs.k, inputs.v, **options)
     out, lse = reference.naive_attention_forward(*(jnp.asarray(x) for x in (inputs.q, inputs.k, inputs.v)), **options)
-    assert_close(out, naive[0], oracle[0], spec.np_dtype, "out")
-    assert_close(lse, naive[1], oracle[1], np.float32, "lse")
+    expected_of(spec).check(out, lse, spec.name)
 
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"is_causal": True}, {"window_size": (9, 4)}, {"softmax_scale": 0.4}, {"is_causal": True, "window_size": (9, -1)}],
+    [
+        {},
+        {"is_causal": True},
+        {"window_size": (9, 4)},
+        {"softmax_scale": 0.4},
+        {"is_causal": True, "window_size": (9, -1)},
+    ],
     ids=str,
 )
 def test_agrees_with_jax_nn(options: dict[str, Any]) -> None:
@@ -119,9 +131,7 @@ def test_agrees_with_jax_nn(options: dict[str, Any]) -> None:
         is_causal=options.get("is_causal", False),
         local_window_size=None if (left, right) == (-1, -1) else (left, max(right, 0)),
     )  # fmt: skip
-    oracle, _ = reference.attention_forward(inputs.q, inputs.k, inputs.v, **options)
-    naive, _ = reference.naive_attention_forward(inputs.q, inputs.k, inputs.v, **options)
-    assert_close(peer, naive, oracle, np.float32, "jax.nn.dot_product_attention")
+    expected(inputs.q, inputs.k, inputs.v, **options).check(peer, None, "jax.nn.dot_product_attention")
 
 
 def test_leading_axes_broadcast() -> None:
@@ -134,7 +144,12 @@ def test_leading_axes_broadcast() -> None:
     assert out.shape == (3, 2, 2, 7, 4, 6) and lse.shape == (3, 2, 2, 4, 7)
     for m, n in np.ndindex(3, 2):
         want = reference.attention_forward(
-            q[m, 0], k[0, n], v[0, 0], sinks=sinks[m, 0], segment_ids=(ids[0][0, n], ids[1][0, 0]), alibi_slopes=slopes[0, n]
+            q[m, 0],
+            k[0, n],
+            v[0, 0],
+            sinks=sinks[m, 0],
+            segment_ids=(ids[0][0, n], ids[1][0, 0]),
+            alibi_slopes=slopes[0, n],
         )
         assert np.array_equal(out[m, n], want[0]) and np.array_equal(lse[m, n], want[1])
 
@@ -145,14 +160,12 @@ def test_hidden_numbers_never_matter(hidden: float, xp_name: str) -> None:
     xp = pytest.importorskip(xp_name)
     spec = AttentionSpec("hidden", q_len=12, kv_len=12, is_causal=True)
     inputs = make_inputs(spec)
-    want, want_lse = reference.attention_forward(inputs.q[:, :6], inputs.k[:, :6], inputs.v[:, :6], is_causal=True)
+    want = expected(inputs.q[:, :6], inputs.k[:, :6], inputs.v[:, :6], is_causal=True)
     inputs.k[:, 6:] = hidden
     inputs.v[:, 6:] = hidden
-    out, lse = reference.attention_forward(*(xp.asarray(x) for x in (inputs.q, inputs.k, inputs.v)), is_causal=True)
+    out, lse = attention_forward(*(xp.asarray(x) for x in (inputs.q, inputs.k, inputs.v)), is_causal=True)
     assert np.isfinite(np.asarray(out[:, :6])).all() and np.isnan(np.asarray(out[:, 6:])).all()
-    naive, naive_lse = reference.naive_attention_forward(inputs.q, inputs.k, inputs.v, is_causal=True)
-    assert_close(np.asarray(out[:, :6], np.float32), naive[:, :6], want, np.float32, "out")
-    assert_close(np.asarray(lse[..., :6], np.float32), naive_lse[..., :6], want_lse, np.float32, "lse")
+    want.check(np.asarray(out[:, :6], np.float32), np.asarray(lse[..., :6], np.float32), xp_name)
 
 
 def test_visible_specials_propagate() -> None:
@@ -172,17 +185,16 @@ def test_visible_specials_propagate() -> None:
 
 def test_works_under_strict_jax_settings_and_jit() -> None:
     jax = pytest.importorskip("jax")
-    spec = next(s for s in CONFORMANCE if s.name == "everything")
+    spec = AttentionSpec(
+        "ref_strict", is_causal=True, window_size=(6, 1), sinks=True, alibi=True, segments="cross", **SMALL
+    )
     inputs = make_inputs(spec)
     options = spec.static_options()
     with jax.numpy_rank_promotion("raise"), jax.numpy_dtype_promotion("strict"):
         out, lse = jax.jit(lambda q, k, v, arrays: reference.attention_forward(q, k, v, **options, **arrays))(
             inputs.q, inputs.k, inputs.v, inputs.arrays
         )
-    oracle = reference.attention_forward(inputs.q, inputs.k, inputs.v, **options, **inputs.arrays)
-    naive = reference.naive_attention_forward(inputs.q, inputs.k, inputs.v, **options, **inputs.arrays)
-    assert_close(out, naive[0], oracle[0], np.float32, "out")
-    assert_close(lse, naive[1], oracle[1], np.float32, "lse")
+    expected_of(spec).check(out, lse, "strict JAX")
 
 
 def test_does_not_import_jax() -> None:

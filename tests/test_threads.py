@@ -9,9 +9,10 @@ import sys
 import threading
 from pathlib import Path
 
-import heed
 import numpy as np
 import pytest
+
+import heed
 from expected import expected_of
 from specs import BY_NAME, AttentionSpec, make_inputs
 
@@ -35,7 +36,12 @@ print(function("num_threads")(), digest.hexdigest())
 
 def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-c", code], env=os.environ | environment, capture_output=True, text=True, timeout=300, check=False
+        [sys.executable, "-c", code],
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
     )
 
 
@@ -79,9 +85,7 @@ def test_errors_in_one_thread_leave_others_alone() -> None:
     failures: list[str] = []
 
     def good() -> None:
-        for _ in range(40):
-            if flash(spec)[0].tobytes() != want:
-                failures.append("wrong result")
+        failures.extend("wrong result" for _ in range(40) if flash(spec)[0].tobytes() != want)
 
     def bad() -> None:
         x = np.zeros((1, 4, 3, 8), np.float32)
@@ -202,9 +206,7 @@ def test_jitted_calls_from_several_threads() -> None:
     failures: list[int] = []
 
     def caller(number: int) -> None:
-        for _ in range(10):
-            if np.asarray(call(*operands)).tobytes() != want:
-                failures.append(number)
+        failures.extend(number for _ in range(10) if np.asarray(call(*operands)).tobytes() != want)
 
     threads = [threading.Thread(target=caller, args=(number,)) for number in range(4)]
     for thread in threads:

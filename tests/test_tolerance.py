@@ -7,6 +7,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
+
 from tolerance import assert_close
 
 ORACLE = np.random.default_rng(0).standard_normal((3, 5, 64))

@@ -1,7 +1,7 @@
 """The one tolerance rule. No test compares a kernel's floating-point result with a reference in any other way.
 
-A result may be no more than twice as wrong as a plain implementation at the same dtype (plus one rounding): over the whole
-output, and, with twice that bound, on every row by itself, so that large rows do not hide what is wrong in small ones.
+A result may be no more than twice as wrong as a plain implementation at the same dtype (plus one rounding): over the
+whole output, and, with twice that bound, on every row by itself, so that large rows do not hide errors in small ones.
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
 Nothing here is fast and nothing is shared with the kernels. One function per op:
 
 - `attention_forward`: the definition, evaluated in `compute_dtype`. NumPy in float64 is the oracle of the tests.
-- `naive_attention_forward`: what a plain implementation gives at the inputs' own dtype. Its error is the yardstick of the
-  tolerance rule.
+- `naive_attention_forward`: what a plain implementation gives at the inputs' own dtype. Its error is the yardstick of
+  the tolerance rule.
 
 JAX is imported only when a JAX array is met.
 """
@@ -45,9 +45,9 @@ def attention_forward(
     q [*lead, B, Lq, Hq, D], k [*lead, B, Lk, Hk, D], v [*lead, B, Lk, Hk, Dv], sinks and alibi_slopes [*lead, Hq],
     segment ids [*lead, B, Lq] and [*lead, B, Lk]. Leading axes broadcast.
 
-    Everything is computed in `compute_dtype` (default: float64 for NumPy, float32 for JAX). If `storage_dtype` is given,
-    the probabilities are rounded to it before they meet v, and so is the output. `sum_in_order` adds up each score and
-    each softmax denominator term after term, as a loop does, where libraries add in several partial sums.
+    Everything is computed in `compute_dtype` (default: float64 for NumPy, float32 for JAX). If `storage_dtype` is
+    given, the probabilities are rounded to it before they meet v, and so is the output. `sum_in_order` adds up each
+    score and each softmax denominator term after term, as a loop does, where libraries add in several partial sums.
 
     Returns out [*lead, B, Lq, Hq, Dv] and lse [*lead, B, Hq, Lq], the natural log of the softmax denominator (sink
     included). A row without visible keys has out 0 and lse -inf, or its sink. What a mask hides contributes nothing at
@@ -68,7 +68,8 @@ def attention_forward(
     values = xp.repeat(_heads_first(xp, v), group, axis=-3)
 
     if sum_in_order:
-        scores = sum(queries[..., :, None, x] * keys[..., None, :, x] for x in range(head_dim)) * scale
+        columns_of_q, columns_of_k = xp.moveaxis(queries, -1, 0).copy(), xp.moveaxis(keys, -1, 0).copy()
+        scores = sum(columns_of_q[x][..., :, None] * columns_of_k[x][..., None, :] for x in range(head_dim)) * scale
     else:
         scores = _matmul(xp, queries, xp.swapaxes(keys, -1, -2)) * scale  # [*lead, B, Hq, Lq, Lk]
     if softcap:

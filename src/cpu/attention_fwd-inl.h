@@ -50,14 +50,14 @@ constexpr int kVectors = 2;
 #endif
 constexpr int kPanelRows = kVectors * kLanes;
 
-constexpr int kMaxHeadDim = 256;
 constexpr int kCacheLineBytes = 64;
 // Keys per block. A panel's P^T (kBlockKeys x kPanelRows floats, 24 KB with AVX-512) stays in L1 while V streams by.
 constexpr int kBlockKeys = 128;
 // Floats between packed rows of K or V, for every head dim: tiles then address memory by constant displacements from
 // one pointer, and the odd number of cache lines spreads a column over all cache sets.
 constexpr int kRowStride = kMaxHeadDim + 16;
-static_assert(kMaxHeadDim % kTile == 0 && kBlockKeys % kTile == 0 && kPanelRows <= kBlockKeys);
+static_assert(kMaxHeadDim <= kMaxRow && kMaxHeadDim % kTile == 0 && kBlockKeys % kTile == 0 &&
+              kPanelRows <= kBlockKeys);
 constexpr int kMaxPanels = 8;
 // Bound of packed Q and the accumulators of O together, over all panels of an item.
 constexpr size_t kMaxPanelFloats = size_t{512} * 1024 / sizeof(float);
@@ -134,13 +134,18 @@ class Prefetcher {
 // ---------------------------------------------------------------------------------------------------------------------
 // Products.
 
-// S^T tile = K Q^T: `k` [kTile][kRowStride], `q` [head_dim][rows], `s` [kTile][rows].
-template <int kVecs>
-HWY_INLINE void qk_tile(const float* HWY_RESTRICT k, const float* HWY_RESTRICT q, int head_dim, float* HWY_RESTRICT s) {
+// Products added up in one go. Sums of longer dot products are formed run by run: their rounding errors then grow with
+// the square root of the run, not of the head dim, for 2% more instructions.
+constexpr int kDotRun = 16;
+
+// S^T tile (+)= K Q^T over at most kDotRun elements of the head dim: `k` [kTile][kRowStride], `q` [count][rows], `s`
+// [kTile][rows].
+template <int kVecs, bool kIsFirstRun>
+HWY_INLINE void qk_run(const float* HWY_RESTRICT k, const float* HWY_RESTRICT q, int count, float* HWY_RESTRICT s) {
   const DF d;
   VF acc[kTile][kVecs];
   HEED_UNROLL for (int j = 0; j < kTile; ++j) { HEED_UNROLL for (int m = 0; m < kVecs; ++m) acc[j][m] = hn::Zero(d); }
-  for (int x = 0; x < head_dim; ++x) {
+  for (int x = 0; x < count; ++x) {
     VF rows[kVecs];
     HEED_UNROLL for (int m = 0; m < kVecs; ++m) rows[m] = hn::Load(d, q + m * kLanes);
     HEED_UNROLL for (int j = 0; j < kTile; ++j) {
@@ -151,7 +156,19 @@ HWY_INLINE void qk_tile(const float* HWY_RESTRICT k, const float* HWY_RESTRICT q
     ++k;
   }
   HEED_UNROLL for (int j = 0; j < kTile; ++j) {
-    HEED_UNROLL for (int m = 0; m < kVecs; ++m) hn::Store(acc[j][m], d, s + (j * kVecs + m) * kLanes);
+    HEED_UNROLL for (int m = 0; m < kVecs; ++m) {
+      float* at = s + (j * kVecs + m) * kLanes;
+      hn::Store(kIsFirstRun ? acc[j][m] : hn::Add(hn::Load(d, at), acc[j][m]), d, at);
+    }
+  }
+}
+
+// S^T tile = K Q^T.
+template <int kVecs>
+HWY_INLINE void qk_tile(const float* HWY_RESTRICT k, const float* HWY_RESTRICT q, int head_dim, float* HWY_RESTRICT s) {
+  qk_run<kVecs, true>(k, q, std::min(head_dim, kDotRun), s);
+  for (int x = kDotRun; x < head_dim; x += kDotRun) {
+    qk_run<kVecs, false>(k + x, q + x * kVecs * kLanes, std::min(head_dim - x, kDotRun), s);
   }
 }
 
@@ -337,68 +354,6 @@ HWY_NOINLINE void attend_block(const ForwardPlan& plan, const Item& item, const 
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Packing.
-
-// `from` [rows][from_stride] -> `to` [columns][to_stride], in squares of 4 x 4 while they fit.
-HWY_NOINLINE void transpose(const float* HWY_RESTRICT from, size_t from_stride, int rows, int columns,
-                            float* HWY_RESTRICT to, size_t to_stride) {
-  int r = 0;
-#if HWY_TARGET != HWY_SCALAR
-  const hn::FixedTag<float, 4> d4;
-  const hn::FixedTag<double, 2> pairs;
-  for (; r + 4 <= rows; r += 4) {
-    int c = 0;
-    for (; c + 4 <= columns; c += 4) {
-      const float* at = from + r * from_stride + c;
-      const auto row0 = hn::LoadU(d4, at);
-      const auto row1 = hn::LoadU(d4, at + from_stride);
-      const auto row2 = hn::LoadU(d4, at + 2 * from_stride);
-      const auto row3 = hn::LoadU(d4, at + 3 * from_stride);
-      const auto low01 = hn::BitCast(pairs, hn::InterleaveLower(d4, row0, row1));
-      const auto low23 = hn::BitCast(pairs, hn::InterleaveLower(d4, row2, row3));
-      const auto high01 = hn::BitCast(pairs, hn::InterleaveUpper(d4, row0, row1));
-      const auto high23 = hn::BitCast(pairs, hn::InterleaveUpper(d4, row2, row3));
-      float* out = to + c * to_stride + r;
-      hn::StoreU(hn::BitCast(d4, hn::InterleaveLower(pairs, low01, low23)), d4, out);
-      hn::StoreU(hn::BitCast(d4, hn::InterleaveUpper(pairs, low01, low23)), d4, out + to_stride);
-      hn::StoreU(hn::BitCast(d4, hn::InterleaveLower(pairs, high01, high23)), d4, out + 2 * to_stride);
-      hn::StoreU(hn::BitCast(d4, hn::InterleaveUpper(pairs, high01, high23)), d4, out + 3 * to_stride);
-    }
-    for (; c < columns; ++c) {
-      for (int i = r; i < r + 4; ++i) to[c * to_stride + i] = from[i * from_stride + c];
-    }
-  }
-#endif
-  for (; r < rows; ++r) {
-    for (int c = 0; c < columns; ++c) to[c * to_stride + r] = from[r * from_stride + c];
-  }
-}
-
-// `row`: `count` stored elements, `stride` apart -> `to` [count] floats.
-template <class Storage>
-HWY_INLINE void load_row(const typename Storage::Stored* HWY_RESTRICT row, int64_t stride, int count,
-                         float* HWY_RESTRICT to) {
-  typename Storage::Stored gathered[kMaxHeadDim];
-  if (stride != 1) {
-    for (int x = 0; x < count; ++x) gathered[x] = row[x * stride];
-    row = gathered;
-  }
-  for_vectors(DF(), static_cast<size_t>(count),
-              [&](auto d, size_t x) HWY_ATTR { hn::StoreU(Storage::load(d, row + x), d, to + x); });
-}
-
-// `from` [count] floats, each over `divisor` -> `row`: `count` stored elements, `stride` apart.
-template <class Storage>
-HWY_INLINE void store_row(const float* HWY_RESTRICT from, float divisor, int count,
-                          typename Storage::Stored* HWY_RESTRICT row, int64_t stride) {
-  typename Storage::Stored gathered[kMaxHeadDim];
-  auto* HWY_RESTRICT to = stride == 1 ? row : gathered;
-  for_vectors(DF(), static_cast<size_t>(count), [&](auto d, size_t x) HWY_ATTR {
-    Storage::store(hn::Div(hn::LoadU(d, from + x), hn::Set(d, divisor)), d, to + x);
-  });
-  if (stride != 1) {
-    for (int x = 0; x < count; ++x) row[x * stride] = gathered[x];
-  }
-}
 
 // Rows [begin, end) of K or V -> `packed` [..][kRowStride]. Rows and columns that only pad a tile keep what they held:
 // their products are never read.

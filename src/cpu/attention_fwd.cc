@@ -23,7 +23,8 @@
 //
 // Memory. Each item reads K and V of its head once: 8 panels x 48 rows do 384 multiply-adds per element of K and V
 // read, which is 10 GB/s per 2 TFLOP/s. Items of one head follow each other, so K and V come from the outer caches
-// after the first. Q, out and lse are touched once.
+// after the first. Rows lie a token apart (4 KB at 8 heads of 128), where hardware prefetchers do not follow, so the
+// next block's rows are prefetched one by one between register tiles. Q, out and lse are touched once.
 //
 // Memory per thread, whatever the lengths: max(512 KiB, one panel of Q^T and O^T) for Q^T and O^T, 2 x 128 x 272 floats
 // for K and V, 128 x 48 floats of scores, 1 KiB of row statistics per panel. At most 512 + 272 + 24 + 8 = 816 KiB plus

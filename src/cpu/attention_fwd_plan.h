@@ -10,6 +10,7 @@
 
 namespace heed::cpu {
 
+inline constexpr int kMaxHeadDim = 256;
 inline constexpr int kMaxLeadAxes = kMaxRank - 4;
 
 // One operand; axes that it lacks, and leading axes that it broadcasts over, have stride 0.

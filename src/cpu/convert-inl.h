@@ -1,5 +1,5 @@
-// Rows between storage (float32, float16, bfloat16) and float32. Exact on every instruction set, subnormals included;
-// narrowing rounds to nearest even and keeps NaN.
+// Rows between storage (float32, float16, bfloat16, any stride) and float32, and their transposition. Conversions are
+// exact on every instruction set, subnormals included; narrowing rounds to nearest even and keeps NaN.
 #include "cpu/simd.h"
 #include "hwy/highway.h"
 
@@ -129,6 +129,70 @@ HWY_INLINE void for_vectors(D d, size_t count, const Op& op) {
   size_t i = 0;
   for (; i + lanes <= count; i += lanes) op(d, i);
   if (i < count) op(d, count - lanes);
+}
+
+constexpr int kMaxRow = 256;  // elements of a row that is not contiguous
+
+// `from` [rows][from_stride] -> `to` [columns][to_stride], in squares of 4 x 4 while they fit.
+HWY_NOINLINE void transpose(const float* HWY_RESTRICT from, size_t from_stride, int rows, int columns,
+                            float* HWY_RESTRICT to, size_t to_stride) {
+  int r = 0;
+#if HWY_TARGET != HWY_SCALAR
+  const hn::FixedTag<float, 4> d4;
+  const hn::FixedTag<double, 2> pairs;
+  for (; r + 4 <= rows; r += 4) {
+    int c = 0;
+    for (; c + 4 <= columns; c += 4) {
+      const float* at = from + r * from_stride + c;
+      const auto row0 = hn::LoadU(d4, at);
+      const auto row1 = hn::LoadU(d4, at + from_stride);
+      const auto row2 = hn::LoadU(d4, at + 2 * from_stride);
+      const auto row3 = hn::LoadU(d4, at + 3 * from_stride);
+      const auto low01 = hn::BitCast(pairs, hn::InterleaveLower(d4, row0, row1));
+      const auto low23 = hn::BitCast(pairs, hn::InterleaveLower(d4, row2, row3));
+      const auto high01 = hn::BitCast(pairs, hn::InterleaveUpper(d4, row0, row1));
+      const auto high23 = hn::BitCast(pairs, hn::InterleaveUpper(d4, row2, row3));
+      float* out = to + c * to_stride + r;
+      hn::StoreU(hn::BitCast(d4, hn::InterleaveLower(pairs, low01, low23)), d4, out);
+      hn::StoreU(hn::BitCast(d4, hn::InterleaveUpper(pairs, low01, low23)), d4, out + to_stride);
+      hn::StoreU(hn::BitCast(d4, hn::InterleaveLower(pairs, high01, high23)), d4, out + 2 * to_stride);
+      hn::StoreU(hn::BitCast(d4, hn::InterleaveUpper(pairs, high01, high23)), d4, out + 3 * to_stride);
+    }
+    for (; c < columns; ++c) {
+      for (int i = r; i < r + 4; ++i) to[c * to_stride + i] = from[i * from_stride + c];
+    }
+  }
+#endif
+  for (; r < rows; ++r) {
+    for (int c = 0; c < columns; ++c) to[c * to_stride + r] = from[r * from_stride + c];
+  }
+}
+
+// `row`: `count` stored elements, `stride` apart -> `to` [count] floats.
+template <class Storage>
+HWY_INLINE void load_row(const typename Storage::Stored* HWY_RESTRICT row, int64_t stride, int count,
+                         float* HWY_RESTRICT to) {
+  typename Storage::Stored gathered[kMaxRow];
+  if (stride != 1) {
+    for (int x = 0; x < count; ++x) gathered[x] = row[x * stride];
+    row = gathered;
+  }
+  for_vectors(hn::ScalableTag<float>(), static_cast<size_t>(count),
+              [&](auto d, size_t x) HWY_ATTR { hn::StoreU(Storage::load(d, row + x), d, to + x); });
+}
+
+// `from` [count] floats, each over `divisor` -> `row`: `count` stored elements, `stride` apart.
+template <class Storage>
+HWY_INLINE void store_row(const float* HWY_RESTRICT from, float divisor, int count,
+                          typename Storage::Stored* HWY_RESTRICT row, int64_t stride) {
+  typename Storage::Stored gathered[kMaxRow];
+  auto* HWY_RESTRICT to = stride == 1 ? row : gathered;
+  for_vectors(hn::ScalableTag<float>(), static_cast<size_t>(count), [&](auto d, size_t x) HWY_ATTR {
+    Storage::store(hn::Div(hn::LoadU(d, from + x), hn::Set(d, divisor)), d, to + x);
+  });
+  if (stride != 1) {
+    for (int x = 0; x < count; ++x) row[x * stride] = gathered[x];
+  }
 }
 
 }  // namespace heed::cpu::HWY_NAMESPACE
