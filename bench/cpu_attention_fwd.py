@@ -18,8 +18,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import heed
 import numpy as np
+
+import heed
 from harness import RESULTS, machine, median_ratio, paired, table, write_json
 
 NAME = "cpu_attention_fwd"

@@ -70,8 +70,9 @@ struct Device {
 // Four axes of an attention tensor and up to eight leading axes.
 inline constexpr int kMaxRank = 12;
 
-// A strided view of memory that somebody else owns. Strides count elements and may be zero or negative. `data` points to
-// element [0, ..., 0] and is aligned to the element size. An undefined view (rank -1) stands for an absent optional operand.
+// A strided view of memory that somebody else owns. Strides count elements and may be zero or negative. `data` points
+// to element [0, ..., 0] and is aligned to the element size. An undefined view (rank -1) stands for an absent optional
+// operand.
 struct TensorView {
   void* data = nullptr;
   DType dtype = DType::kFloat32;
@@ -83,7 +84,8 @@ struct TensorView {
   bool defined() const { return rank >= 0; }
 
   // A row-major view. Throws ValueError if the shape has more than kMaxRank axes.
-  static TensorView contiguous(const void* data, DType dtype, std::initializer_list<int64_t> shape, Device device = {}) {
+  static TensorView contiguous(const void* data, DType dtype, std::initializer_list<int64_t> shape,
+                               Device device = {}) {
     if (shape.size() > kMaxRank) {
       throw ValueError("TensorView: got " + std::to_string(shape.size()) + " axes, expected at most " +
                        std::to_string(kMaxRank));
@@ -125,8 +127,8 @@ struct AttentionOptions {
 };
 
 // Operands of attention_forward. B batch, Lq / Lk tokens, Hq / Hk query / KV heads (Hq a multiple of Hk), D and Dv head
-// dims from 1 to 256. Every operand may have the same number of further leading axes, each of the full size or 1 (a size
-// of 1 broadcasts). Strides are arbitrary.
+// dims from 1 to 256. Every operand may have the same number of further leading axes, each of the full size or 1 (a
+// size of 1 broadcasts). Strides are arbitrary.
 struct AttentionForwardArgs {
   TensorView q;               // [B, Lq, Hq, D]  float32, float16 or bfloat16
   TensorView k;               // [B, Lk, Hk, D]  dtype of q
@@ -141,16 +143,16 @@ struct AttentionForwardArgs {
 
 // Softmax attention: for every query row i, with s_j = scale * <q_i, k_j> (soft-capped, then ALiBi, then masked),
 //   out_i = sum_j exp(s_j - lse_i) v_j,   lse_i = log(sum_j exp(s_j) [+ exp(sink)]).
-// A row with no visible key gets out 0 and lse -inf (with sinks: lse = its sink). Statistics and accumulation are float32.
-// Throws ValueError, TypeError or UnsupportedError before anything is written.
+// A row with no visible key gets out 0 and lse -inf (with sinks: lse = its sink). Statistics and accumulation are
+// float32. Throws ValueError, TypeError or UnsupportedError before anything is written.
 HEED_API void attention_forward(const AttentionForwardArgs& args, const AttentionOptions& options = {});
 
 // ---------------------------------------------------------------------------------------------------------------------
 // The library.
 
-HEED_API const char* version();                     // such as "0.1.0"
-HEED_API std::string cpu_target();                  // the instruction set in use, such as "AVX3"
-HEED_API std::vector<std::string> cpu_targets();    // what this build contains and this CPU runs, best first
-HEED_API int num_threads();                         // size of the shared thread arena (HEED_NUM_THREADS)
+HEED_API const char* version();                   // such as "0.1.0"
+HEED_API std::string cpu_target();                // the instruction set in use, such as "AVX3"
+HEED_API std::vector<std::string> cpu_targets();  // what this build contains and this CPU runs, best first
+HEED_API int num_threads();                       // size of the shared thread arena (HEED_NUM_THREADS)
 
 }  // namespace heed

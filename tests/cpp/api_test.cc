@@ -46,8 +46,14 @@ struct Case {
   AttentionForwardArgs args;
 
   Case(int q_len_, int kv_len_, int dim_)
-      : q_len(q_len_), kv_len(kv_len_), dim(dim_), q(random_values(q_len * dim, 1)),
-        k(random_values(kv_len * dim, 2)), v(random_values(kv_len * dim, 3)), out(q_len * dim, -7.0F), lse(q_len) {
+      : q_len(q_len_),
+        kv_len(kv_len_),
+        dim(dim_),
+        q(random_values(q_len * dim, 1)),
+        k(random_values(kv_len * dim, 2)),
+        v(random_values(kv_len * dim, 3)),
+        out(q_len * dim, -7.0F),
+        lse(q_len) {
     args.q = TensorView::contiguous(q.data(), DType::kFloat32, {1, q_len, 1, dim});
     args.k = TensorView::contiguous(k.data(), DType::kFloat32, {1, kv_len, 1, dim});
     args.v = TensorView::contiguous(v.data(), DType::kFloat32, {1, kv_len, 1, dim});
