@@ -118,6 +118,42 @@ def test_hidden_numbers_never_reach_an_output(mask: str, dtype: str, hidden: flo
     want.check(out[:, rows], lse[..., rows], f"{mask} hiding {hidden}")
 
 
+def test_visible_numbers_that_are_not_finite_arrive(flash_mha_face: Face) -> None:
+    """NaN and infinities anywhere: each output is what IEEE arithmetic makes of what its row sees, and nothing else."""
+    rng = np.random.default_rng(0)
+    masks: list[dict[str, Any]] = [{}, {"is_causal": True}, {"window_size": (2, 1)}, {"softcap": 2.0}]
+    for _ in range(300 if "numpy" in str(flash_mha_face) else 20):
+        operands = [rng.standard_normal((1, 12, heads, 4)).astype(np.float16) for heads in (2, 1, 1)]
+        for array in operands:
+            for _ in range(int(rng.integers(3))):
+                at = tuple(int(rng.integers(size)) for size in array.shape)
+                array[at] = (np.nan, np.inf, -np.inf)[int(rng.integers(3))]
+        statics = masks[int(rng.integers(len(masks)))]
+        arrays = {}
+        if rng.random() < 0.3:
+            arrays["segment_ids"] = rng.integers(0, 2, (1, 12)).astype(np.int32)
+        out, lse = flash_mha_face(*operands, arrays=arrays, **statics)
+        expected(*operands, **arrays, **statics).check(out, lse, f"{statics}")
+
+
+@pytest.mark.parametrize("sinks", [(20, -1e30, 5, -np.inf), (88, -88, 0, 1), (np.nan, 0, np.inf, 1)], ids=str)
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_sinks_of_any_size(sinks: tuple[float, ...], is_causal: bool) -> None:
+    spec = AttentionSpec("sinks", q_len=50, kv_len=23, num_q_heads=4, dtype="float16", is_causal=is_causal)
+    out, lse = call(spec, sinks=np.array(sinks, np.float32))
+    inputs = make_inputs(spec)
+    want = expected(inputs.q, inputs.k, inputs.v, is_causal=is_causal, sinks=np.array(sinks, np.float32))
+    want.check(out, lse, f"sinks {sinks}")
+
+
+@pytest.mark.parametrize("scale", [0.0, -0.5, 1e-45, 1e20])
+@pytest.mark.parametrize("options", [{}, {"softcap": 3.0}, {"softcap": 1e-30}], ids=str)
+def test_scales_of_any_size_keep_empty_rows_empty(scale: float, options: dict[str, Any]) -> None:
+    spec = AttentionSpec("scales", q_len=50, kv_len=23, num_q_heads=4, dtype="float16", is_causal=True)
+    _, lse = call(spec, softmax_scale=scale, **options)
+    assert np.isneginf(lse[..., :27]).all() and np.isfinite(lse[..., 27:]).all()
+
+
 # Windows and segments ------------------------------------------------------------------------------------------------
 
 

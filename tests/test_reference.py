@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import subprocess
 import sys
@@ -101,8 +102,10 @@ def test_float64_reference_is_the_definition(spec: AttentionSpec) -> None:
     [spec for spec in DEFINITIONS if not spec.softcap] + CONFORMANCE[:9] + [BY_NAME["softcap_gqa"]],
     ids=lambda spec: spec.name,
 )
-def test_jnp_float32_reference_obeys_the_rule(spec: AttentionSpec) -> None:
+def test_jnp_reference_obeys_the_rule(spec: AttentionSpec) -> None:
     jnp = pytest.importorskip("jax.numpy")
+    # float16, whose rounding of P and out both have: with a handful of keys NumPy's float32 is exact by luck.
+    spec = dataclasses.replace(spec, dtype="float16")
     inputs = make_inputs(spec)
     options = spec.static_options() | inputs.arrays
     out, lse = reference.naive_attention_forward(*(jnp.asarray(x) for x in (inputs.q, inputs.k, inputs.v)), **options)

@@ -38,7 +38,6 @@ def attention_forward(
     causal_align: str = "bottom_right",
     compute_dtype: Any = None,
     storage_dtype: Any = None,
-    sum_in_order: bool = False,
 ) -> tuple[Array, Array]:
     """Softmax attention by its definition.
 
@@ -46,8 +45,7 @@ def attention_forward(
     segment ids [*lead, B, Lq] and [*lead, B, Lk]. Leading axes broadcast.
 
     Everything is computed in `compute_dtype` (default: float64 for NumPy, float32 for JAX). If `storage_dtype` is
-    given, the probabilities are rounded to it before they meet v, and so is the output. `sum_in_order` adds up each
-    score and each softmax denominator term after term, as a loop does, where libraries add in several partial sums.
+    given, the probabilities are rounded to it before they meet v, and so is the output.
 
     Returns out [*lead, B, Lq, Hq, Dv] and lse [*lead, B, Hq, Lq], the natural log of the softmax denominator (sink
     included). A row without visible keys has out 0 and lse -inf, or its sink. What a mask hides contributes nothing at
@@ -67,11 +65,7 @@ def attention_forward(
     keys = xp.repeat(_heads_first(xp, k), group, axis=-3)
     values = xp.repeat(_heads_first(xp, v), group, axis=-3)
 
-    if sum_in_order:
-        columns_of_q, columns_of_k = xp.moveaxis(queries, -1, 0).copy(), xp.moveaxis(keys, -1, 0).copy()
-        scores = sum(columns_of_q[x][..., :, None] * columns_of_k[x][..., None, :] for x in range(head_dim)) * scale
-    else:
-        scores = _matmul(xp, queries, xp.swapaxes(keys, -1, -2)) * scale  # [*lead, B, Hq, Lq, Lk]
+    scores = _matmul(xp, queries, xp.swapaxes(keys, -1, -2)) * scale  # [*lead, B, Hq, Lq, Lk]
     if softcap:
         scores = softcap * xp.tanh(scores / softcap)
     offset = kv_len - q_len if causal_align == "bottom_right" else 0
@@ -94,7 +88,7 @@ def attention_forward(
         top = xp.maximum(top, sink)
     top = xp.where(top == -math.inf, xp.zeros_like(top), top)
     weights = xp.where(visible, xp.exp(scores - top[..., None]), xp.zeros_like(scores))
-    total = xp.cumsum(weights, axis=-1)[..., -1] if sum_in_order and kv_len > 0 else xp.sum(weights, axis=-1)
+    total = xp.sum(weights, axis=-1)
     if sink is not None:
         total = total + xp.exp(sink - top)
     is_empty = total == 0
