@@ -1,15 +1,16 @@
 """Random problems for the fuzz tests: valid ones in random memory layouts, and ways to spoil them.
 
-Numbers are drawn so that float32 results are well conditioned (scores exact in float32 and about 8, so that no
-log-sum-exp is near 0; positive values, so that no sum cancels): then the tolerance rule holds for each of a million
-tiny rows, and what fails is wrong. The named specs have the numbers that are not so kind.
+Numbers are drawn so that float32 results are well conditioned: scores exact in float32 and about 8, so that no
+log-sum-exp is near 0; positive values, so that no sum cancels. Even so a plain float32 implementation is exact by luck
+in some of a million tiny outputs, so float32 outputs are judged after rounding to float16: what fails is wrong. The
+named specs ask for the last bit, with numbers that are not so kind.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -59,6 +60,34 @@ def want_of(operands: dict[str, np.ndarray | None], options: dict[str, Any]) -> 
     assert q is not None and k is not None and v is not None
     kept = ("softmax_scale", "is_causal", "causal_align", "window_size", "softcap")
     return expected(q, k, v, **given, **{name: options[name] for name in kept})
+
+
+def judge(
+    rng: np.random.Generator,
+    case: Case,
+    result: tuple[np.ndarray, np.ndarray | None],
+    call: Callable[[], tuple[np.ndarray, np.ndarray | None]],
+    what: str,
+) -> None:
+    """The tolerance rule, on other numbers in the same memory when it fails: a defect stays, luck does not.
+
+    call() makes the same call again and returns out and lse.
+    """
+    for attempt in range(3):
+        try:
+            case.want().check(*result, what)
+            return
+        except AssertionError:
+            if attempt == 2:
+                raise
+        for name in "qkv":
+            array = case.operands[name]
+            assert array is not None
+            if array.flags.writeable and array.size:
+                array[...] = rng.permuted(array, axis=-3)
+                if name == "v":
+                    array += array.dtype.type(rng.integers(1, 16) / 16)
+        result = call()
 
 
 def pick(rng: np.random.Generator, *choices: Any) -> Any:

@@ -71,13 +71,20 @@ def run_raw(number: int, rng: np.random.Generator) -> None:
         f"memory outside an output was written\n{describe(number, case)}"
     )
     if spoiled:
-        check_accepted(number, given, arguments, case, original)
+        check_accepted(rng, number, given, arguments, case, original)
     else:
-        lse = outputs[1].view if case.wants_lse else None
-        case.want().check(outputs[0].view, lse, describe(number, case))
+
+        def call() -> tuple[np.ndarray, np.ndarray | None]:
+            function("attention_fwd")(text, *map(pointers, arguments))
+            return outputs[0].view, outputs[1].view if case.wants_lse else None
+
+        result = outputs[0].view, outputs[1].view if case.wants_lse else None
+        fuzzing.judge(rng, case, result, call, describe(number, case))
 
 
-def check_accepted(number: int, text: str, arguments: list[Any], case: fuzzing.Case, original: list[Any]) -> None:
+def check_accepted(
+    rng: np.random.Generator, number: int, text: str, arguments: list[Any], case: fuzzing.Case, original: list[Any]
+) -> None:
     """A spoiled call was served: then it must mean something, and that must be what came out."""
     specs, options, wants_lse = fuzzing.parse(text)
     names = [name for name, spec in specs.items() if spec is not None]
@@ -99,8 +106,14 @@ def check_accepted(number: int, text: str, arguments: list[Any], case: fuzzing.C
         options[name] == case.options[name] for name in ("softmax_scale", "softcap")
     )
     if is_same and is_kind:
-        want = fuzzing.want_of(operands, options)
-        want.check(arguments[len(names)], arguments[-1] if wants_lse else None, f"case {number}: {text}")
+        accepted = fuzzing.Case(operands, options, wants_lse, case.lead)
+
+        def call() -> tuple[np.ndarray, np.ndarray | None]:
+            function("attention_fwd")(text, *map(pointers, arguments))
+            return arguments[len(names)], arguments[-1] if wants_lse else None
+
+        result = arguments[len(names)], arguments[-1] if wants_lse else None
+        fuzzing.judge(rng, accepted, result, call, f"case {number}: {text}")
 
 
 def run_python(number: int, rng: np.random.Generator) -> None:
@@ -125,8 +138,11 @@ def run_python(number: int, rng: np.random.Generator) -> None:
         return
     assert not is_spoiled, f"a bad call was served: {bad}\n{describe(number, case)}"
     CALLS["python served"] += 1
-    out, lse = result if case.wants_lse else (result, None)
-    case.want().check(out, lse, describe(number, case))
+
+    def pair(result: Any) -> tuple[np.ndarray, np.ndarray | None]:
+        return result if case.wants_lse else (result, None)
+
+    fuzzing.judge(rng, case, pair(result), lambda: pair(heed.flash_mha(**arguments)), describe(number, case))
 
 
 def run_resolve(number: int, rng: np.random.Generator) -> None:

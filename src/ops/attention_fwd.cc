@@ -12,15 +12,20 @@ namespace heed {
 namespace {
 
 // The GPU families have a row each, so that a caller learns why they do not serve; this build contains none of them.
-template <int kMinSm>
-std::string gpu_declines(const AttentionProblem& /*problem*/, const Target& target) {
-  if (target.is_cpu) return "needs an NVIDIA GPU (sm_" + std::to_string(kMinSm) + " or newer), and the target is cpu";
+std::string gpu_declines(const Target& target, const char* needed) {
+  if (target.is_cpu) return "needs " + std::string(needed) + ", and the target is cpu";
   return "this version of heed has no GPU kernels";
+}
+std::string sm90_declines(const AttentionProblem& /*problem*/, const Target& target) {
+  return gpu_declines(target, "an NVIDIA Hopper GPU (sm_90a)");
+}
+std::string sm80_declines(const AttentionProblem& /*problem*/, const Target& target) {
+  return gpu_declines(target, "an NVIDIA GPU (sm_80 or newer)");
 }
 
 constexpr AttentionFwdKernel kKernels[] = {
-    {"sm90_attention_fwd", Backend::kSm90, "sm90", gpu_declines<90>, nullptr},
-    {"sm80_attention_fwd", Backend::kSm80, "sm80", gpu_declines<80>, nullptr},
+    {"sm90_attention_fwd", Backend::kSm90, "sm90", sm90_declines, nullptr},
+    {"sm80_attention_fwd", Backend::kSm80, "sm80", sm80_declines, nullptr},
     {"cpu_attention_fwd", Backend::kCpu, "cpu", cpu::attention_fwd_declines, cpu::attention_fwd},
 };
 
