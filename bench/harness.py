@@ -14,6 +14,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import heed
+
 RESULTS = Path(__file__).resolve().parent / "results"
 
 # Thread pools of the peers spin for a while after their work. A pause before each sample lets them go to sleep, so that
@@ -57,13 +59,13 @@ def machine() -> dict[str, Any]:
     if cpuinfo.exists():
         lines = [line for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
         model = lines[0].partition(":")[2].strip() if lines else model
-    packages = ("heed", "jax", "jaxlib", "torch", "numpy")
+    packages = ("jax", "jaxlib", "torch", "numpy")
     return {
         "date": datetime.date.today().isoformat(),
         "cpu": model,
         "cores": len(os.sched_getaffinity(0)),
         "python": platform.python_version(),
-        "versions": {name: _version(name) for name in packages},
+        "versions": {"heed": heed.__version__, **{name: _version(name) for name in packages}},
     }
 
 

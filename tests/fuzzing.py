@@ -2,8 +2,7 @@
 
 Numbers are drawn so that float32 results are well conditioned: scores exact in float32 and about 8, so that no
 log-sum-exp is near 0; positive values, so that no sum cancels. Even so a plain float32 implementation is exact by luck
-in some of a million tiny outputs, so float32 outputs are judged after rounding to float16: what fails is wrong. The
-named specs ask for the last bit, with numbers that are not so kind.
+in some of a million tiny outputs: `judge` tells luck from a defect.
 """
 
 from __future__ import annotations

@@ -388,8 +388,3 @@ def test_versions_are_compared_as_numbers(monkeypatch: pytest.MonkeyPatch) -> No
     _versions.check_versions()  # NumPy users need no JAX
     with pytest.raises(ImportError, match="jax is not installed"):
         _versions.check_versions(required=True)
-
-
-def test_is_jax_value() -> None:
-    assert _jax_attention.is_jax_value(jnp.ones(2)) and not _jax_attention.is_jax_value(np.ones(2))
-    jax.eval_shape(lambda x: pytest.fail() if not _jax_attention.is_jax_value(x) else x, jnp.ones(2))

@@ -16,16 +16,12 @@ import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 
+from heed._arrays import numpy_to_int32  # noqa: E402
 from heed._jax import axes, ffi_target, partition  # noqa: E402
 from heed._jax.primitive import attention_fwd_p, check_placement, compiled  # noqa: E402
-from heed._problem import AttentionStatics, Spec, attention_text, resolve_attention  # noqa: E402
+from heed._problem import OPERAND_NAMES, AttentionStatics, Spec, attention_text, resolve_attention  # noqa: E402
 
-__all__ = ["export_checks", "flash_mha", "is_jax_value", "register_targets"]
-
-
-def is_jax_value(x: Any) -> bool:
-    """Whether `x` is a JAX array or a tracer."""
-    return isinstance(x, jax.Array)
+__all__ = ["export_checks", "flash_mha", "register_targets"]
 
 
 def register_targets() -> None:
@@ -61,17 +57,21 @@ def _same_varying_axes(arrays: Sequence[Any]) -> list[Any]:
     ]
 
 
-def _segment_ids(x: Any) -> Any:
-    """Integer ids of any width as int32. What is not an integer array stays as it is: validation names it."""
-    if x is None or x.dtype == jnp.int32 or not jnp.issubdtype(x.dtype, jnp.integer):
+def _segment_ids(name: str, x: Any) -> Any:
+    """Integer ids of any width as int32. NumPy values are checked; traced ones wrap as XLA's cast does."""
+    if x is None or x.dtype == jnp.int32:
         return x
+    if isinstance(x, np.ndarray):
+        return numpy_to_int32(name, x)
+    if not jnp.issubdtype(x.dtype, jnp.integer):
+        raise TypeError(f"{name}: got dtype {x.dtype}, expected an integer dtype")
     return x.astype(jnp.int32)
 
 
 def flash_mha(statics: AttentionStatics, operands: Sequence[Any]) -> Any:
     """Attention on JAX values; `operands` follow `OPERAND_NAMES`, absent ones are None. Returns out or (out, lse)."""
     if operands[5] is not None or operands[6] is not None:
-        operands = (*operands[:5], *map(_segment_ids, operands[5:]))
+        operands = (*operands[:5], *map(_segment_ids, OPERAND_NAMES[5:], operands[5:]))
     present = _validated(statics, tuple([None if x is None else (x.dtype, x.shape) for x in operands]))
     arrays = [x for x in operands if x is not None]
     if any(isinstance(x, jax.core.Tracer) for x in arrays):
