@@ -15,7 +15,7 @@ import pytest
 
 import heed
 from expected import expected
-from heed import _jax_attention, _versions
+from heed import _versions
 from jax_cases import OPERANDS, OPTIONS, attend, check, make_operands
 
 
