@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -45,13 +46,18 @@ def common_kind(names: Sequence[str], values: Sequence[Any]) -> str:
     return distinct.pop()
 
 
+@functools.cache
+def _dtype_name(dtype: np.dtype[Any]) -> str:
+    return dtype.name  # NumPy composes it anew each time, which takes 3 us
+
+
 def numpy_spec(name: str, array: np.ndarray[Any, Any]) -> Spec:
     """dtype and shape of a NumPy array, which must be in native byte order and have whole strides."""
     if not array.dtype.isnative:
         raise TypeError(f"{name}: got dtype {array.dtype.str} in foreign byte order, expected native byte order")
     if any(stride % array.itemsize for stride in array.strides):
         raise ValueError(f"{name}: got strides {array.strides} in bytes, expected multiples of {array.itemsize}")
-    return array.dtype.name, array.shape
+    return _dtype_name(array.dtype), array.shape
 
 
 def numpy_view(array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
@@ -59,7 +65,7 @@ def numpy_view(array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
 
     The view shares memory and is only read where the original is read-only. bfloat16 travels as its bits.
     """
-    is_bfloat16 = array.dtype.name == "bfloat16"
+    is_bfloat16 = _dtype_name(array.dtype) == "bfloat16"
     if array.flags.writeable and not is_bfloat16:
         return array
     dtype = np.dtype(np.uint16) if is_bfloat16 else array.dtype

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 from heed._arrays import DLPackOps, common_kind
@@ -9,6 +10,8 @@ from heed._lib import function
 from heed._problem import (
     OPERAND_NAMES,
     AttentionStatics,
+    Resolution,
+    Spec,
     attention_statics,
     attention_text,
     require_kernel,
@@ -115,6 +118,15 @@ def split_segment_ids(segment_ids: Any) -> tuple[Any, Any]:
     return segment_ids, segment_ids
 
 
+@functools.lru_cache(maxsize=4096)
+def _resolved(statics: AttentionStatics, specs: tuple[Spec | None, ...], target: str) -> tuple[str, Resolution]:
+    """The problem's text and what it resolves to. Raises on what is wrong or cannot be served."""
+    text = attention_text(statics, specs)
+    resolution = resolve_attention(text, target)
+    require_kernel(resolution, "flash_mha", target)
+    return text, resolution
+
+
 def _run_eagerly(kind: str, statics: AttentionStatics, operands: Operands) -> Any:
     """Runs on NumPy arrays or another framework's, at once. Outputs are of the same kind."""
     ops = DLPackOps(kind, operands[0])
@@ -124,10 +136,7 @@ def _run_eagerly(kind: str, statics: AttentionStatics, operands: Operands) -> An
     specs = [
         None if value is None else ops.spec(name, value) for name, value in zip(OPERAND_NAMES, operands, strict=True)
     ]
-    text = attention_text(statics, specs)
-    target = ops.target()
-    resolution = resolve_attention(text, target)
-    require_kernel(resolution, "flash_mha", target)
+    text, resolution = _resolved(statics, tuple(specs), ops.target())
     outputs = [ops.empty(resolution.out_shape, resolution.out_dtype)]
     if statics.return_lse:
         outputs.append(ops.empty(resolution.lse_shape, "float32"))
