@@ -397,3 +397,18 @@ def test_the_oracle_is_not_the_library() -> None:
 
     source = Path(reference.__file__).read_text()
     assert "import heed" not in source and "from heed" not in source
+
+
+@pytest.mark.parametrize("softcap", [1e-50, 1e-46, 1e-40, 1e-38])
+def test_a_tiny_softcap_is_not_off(softcap: float, flash_mha_face: Face) -> None:
+    """Scores are then 0 to float32: every visible key weighs the same."""
+    rng = np.random.default_rng(0)
+    q, k, v = (rng.standard_normal((1, 9, 2, 16)).astype(np.float32) for _ in range(3))
+    out, lse = flash_mha_face(q, k, v, arrays={}, softcap=softcap)
+    expected(q, k, v, softcap=softcap).check(out, lse, f"softcap {softcap}")
+
+
+def test_the_largest_scale_does_not_overflow(flash_mha_face: Face) -> None:
+    q = np.full((1, 2, 1, 1), 2e-19, np.float32)
+    out, lse = flash_mha_face(q, q, np.ones_like(q), arrays={}, softmax_scale=3e38)
+    expected(q, q, np.ones_like(q), softmax_scale=3e38).check(out, lse, "scale 3e38")

@@ -108,6 +108,7 @@ ROWS = [
     Bad("scale NaN", ValueError, replace(softmax_scale=float("nan")), ("^softmax_scale", "nan", "finite")),
     Bad("scale inf", ValueError, replace(softmax_scale=float("inf")), ("^softmax_scale", "inf", "finite")),
     Bad("scale beyond float32", ValueError, replace(softmax_scale=1e300), ("^softmax_scale", "finite|float32")),
+    Bad("scale beyond float64", ValueError, replace(softmax_scale=10**400), ("^softmax_scale", "1000", "finite")),
     Bad("scale text", TypeError, replace(softmax_scale="1"), ("^softmax_scale", "'1'", "float")),
     Bad("scale bool", TypeError, replace(softmax_scale=True), ("^softmax_scale", "True", "float")),
     Bad("scale complex", TypeError, replace(softmax_scale=1j), ("^softmax_scale", "complex", "float")),

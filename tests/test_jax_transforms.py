@@ -388,3 +388,26 @@ def test_versions_are_compared_as_numbers(monkeypatch: pytest.MonkeyPatch) -> No
     _versions.check_versions()  # NumPy users need no JAX
     with pytest.raises(ImportError, match="jax is not installed"):
         _versions.check_versions(required=True)
+
+
+def test_a_backend_that_serves_nowhere_is_refused_while_tracing() -> None:
+    x = jax.ShapeDtypeStruct((1, 8, 2, 16), jnp.float32)
+    for trace in (jax.eval_shape, lambda f, *args: jax.make_jaxpr(f)(*args)):
+        with pytest.raises(heed.UnsupportedError, match="sm90_attention_fwd") as raised:
+            trace(lambda q: heed.flash_mha(q, q, q, backend="sm90"), x)
+        assert set(raised.value.reasons) == {"sm90_attention_fwd", "sm80_attention_fwd", "cpu_attention_fwd"}
+
+
+def test_segment_ids_beyond_int32_stay_apart() -> None:
+    with jax.enable_x64(True):
+        x = jax.random.normal(jax.random.key(0), (1, 4, 1, 8), jnp.float32)
+        wide = jnp.array([[0, 0, 2**32, 2**32]], jnp.int64)
+        got = heed.flash_mha(x, x, x, segment_ids=wide)
+        want = heed.flash_mha(x, x, x, segment_ids=jnp.array([[0, 0, 1, 1]], jnp.int32))
+    assert (got == want).all()
+
+
+def test_structured_numpy_operand_is_named() -> None:
+    x = jnp.ones((1, 4, 1, 8), jnp.float32)
+    with pytest.raises(TypeError, match="k: got dtype"):
+        heed.flash_mha(x, np.zeros((1, 4, 1, 8), [("a", "<f4")]), x)

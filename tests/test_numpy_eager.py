@@ -295,3 +295,45 @@ def test_torch_tensors(dtype: str) -> None:
         flash_mha(q, inputs(dtype)[1], v)
     with pytest.raises(TypeError, match="requires grad"):
         flash_mha(q.requires_grad_(), k, v)
+
+
+def test_axes_of_size_one_may_have_any_stride() -> None:
+    memory = np.zeros(64, np.uint8)
+    one = np.ndarray((1, 1, 1, 8), np.float32, memory, 0, (5, 3, 7, 4))
+    one[...] = np.arange(8)
+    assert np.array_equal(heed.flash_mha(one, one, one), one)
+
+
+def test_masked_and_structured_arrays_are_refused() -> None:
+    q, k, v = inputs()
+    with pytest.raises(TypeError, match="k: got a masked array"):
+        heed.flash_mha(q, np.ma.masked_invalid(k), v)
+    for dtype in ([("a", np.float32)], []):
+        with pytest.raises(TypeError, match="q: got dtype"):
+            heed.flash_mha(np.zeros(q.shape, dtype), k, v)
+
+
+def test_dlpack_objects_meet_the_same_checks() -> None:
+    class Opaque:
+        """Nothing but DLPack."""
+
+        def __init__(self, array: np.ndarray) -> None:
+            self.array = array
+
+        def __dlpack__(self, **options: Any) -> Any:
+            return self.array.__dlpack__(**options)
+
+        def __dlpack_device__(self) -> Any:
+            return self.array.__dlpack_device__()
+
+    q, k, v = inputs()
+    five = [Opaque(x[None]) for x in (q, k, v)]
+    with pytest.raises(ValueError, match=r"q: got shape .* of rank 5, expected rank 4"):
+        heed.flash_mha(*five)
+    read_only = q.copy()
+    read_only.flags.writeable = False
+    with pytest.raises(TypeError, match="q: got an array that DLPack cannot share"):
+        heed.flash_mha(Opaque(read_only), Opaque(k), Opaque(v))
+    assert heed.explain(heed.flash_mha, Opaque(q), Opaque(k), Opaque(v)).chosen == "cpu_attention_fwd"
+    with pytest.raises(TypeError, match="q: got None"):
+        heed.explain(heed.flash_mha, None, k, v)

@@ -97,10 +97,10 @@ struct TensorView {
     view.device = device;
     int axis = 0;
     for (int64_t size : shape) view.shape[axis++] = size;
-    int64_t stride = 1;
+    uint64_t stride = 1;  // unsigned: a shape that overflows is refused later, by the function that gets it
     for (int i = view.rank - 1; i >= 0; --i) {
-      view.strides[i] = stride;
-      stride *= view.shape[i];
+      view.strides[i] = static_cast<int64_t>(stride);
+      stride *= static_cast<uint64_t>(view.shape[i]);
     }
     return view;
   }
@@ -144,7 +144,8 @@ struct AttentionForwardArgs {
 // Softmax attention: for every query row i, with s_j = scale * <q_i, k_j> (soft-capped, then ALiBi, then masked),
 //   out_i = sum_j exp(s_j - lse_i) v_j,   lse_i = log(sum_j exp(s_j) [+ exp(sink)]).
 // A row with no visible key gets out 0 and lse -inf (with sinks: lse = its sink). Statistics and accumulation are
-// float32. Throws ValueError, TypeError or UnsupportedError before anything is written.
+// float32. out and lse must not share memory with each other or with an input (not checked).
+// Throws ValueError, TypeError or UnsupportedError before anything is written.
 HEED_API void attention_forward(const AttentionForwardArgs& args, const AttentionOptions& options = {});
 
 // ---------------------------------------------------------------------------------------------------------------------

@@ -24,8 +24,13 @@ def kind_of(name: str, value: Any) -> str:
     """ "jax", "numpy", or the top-level module of another DLPack array's type ("torch", "cupy", ...)."""
     if is_jax(value):
         return "jax"
+    if isinstance(value, np.ma.MaskedArray):
+        raise TypeError(f"{name}: got a masked array, expected a plain one: masked elements would take part")
     if isinstance(value, np.ndarray):
         return "numpy"
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(value, torch.Tensor):  # subclasses live in modules of their own
+        return "torch"
     if hasattr(value, "__dlpack__"):
         return type(value).__module__.partition(".")[0]
     raise TypeError(
@@ -55,7 +60,9 @@ def numpy_spec(name: str, array: np.ndarray[Any, Any]) -> Spec:
     """dtype and shape of a NumPy array, which must be in native byte order and have whole strides."""
     if not array.dtype.isnative:
         raise TypeError(f"{name}: got dtype {array.dtype.str} in foreign byte order, expected native byte order")
-    if any(stride % array.itemsize for stride in array.strides):
+    if array.itemsize == 0 or array.dtype.fields is not None:
+        raise TypeError(f"{name}: got dtype {array.dtype}, expected float32, float16 or bfloat16")
+    if any(stride % array.itemsize for stride, size in zip(array.strides, array.shape, strict=True) if size > 1):
         raise ValueError(f"{name}: got strides {array.strides} in bytes, expected multiples of {array.itemsize}")
     return _dtype_name(array.dtype), array.shape
 
@@ -66,7 +73,8 @@ def numpy_view(array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     The view shares memory and is only read where the original is read-only. bfloat16 travels as its bits.
     """
     is_bfloat16 = _dtype_name(array.dtype) == "bfloat16"
-    if array.flags.writeable and not is_bfloat16:
+    is_whole = not any(stride % array.itemsize for stride in array.strides)  # false for axes of size 1 at most
+    if array.flags.writeable and not is_bfloat16 and is_whole:
         return array
     dtype = np.dtype(np.uint16) if is_bfloat16 else array.dtype
     if array.size == 0:
@@ -74,7 +82,8 @@ def numpy_view(array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     low, high = np.lib.array_utils.byte_bounds(array)
     memory: Any = (ctypes.c_char * (high - low)).from_address(low)
     offset = array.__array_interface__["data"][0] - low
-    return np.ndarray(array.shape, dtype, memory, offset, array.strides)
+    strides = tuple(stride if size > 1 else 0 for stride, size in zip(array.strides, array.shape, strict=True))
+    return np.ndarray(array.shape, dtype, memory, offset, strides)
 
 
 class DLPackOps:
@@ -97,7 +106,12 @@ class DLPackOps:
             raise TypeError(
                 f"{name}: got a tensor that requires grad, expected value.detach(): heed has no torch autograd"
             )
-        return tvm_ffi.from_dlpack(value)
+        try:
+            return tvm_ffi.from_dlpack(value)
+        except (BufferError, RuntimeError, TypeError, ValueError) as error:
+            raise TypeError(
+                f"{name}: got an array that DLPack cannot share, expected one that it can: {error}"
+            ) from None
 
     def target(self) -> str:
         """Where a call on these arrays runs: "cpu", or the GPU's architecture."""
@@ -106,6 +120,8 @@ class DLPackOps:
         device_type, index = self.like.__dlpack_device__()
         if int(device_type) == tvm_ffi.DLDeviceType.kDLCPU:
             return "cpu"
+        if int(device_type) != tvm_ffi.DLDeviceType.kDLCUDA:
+            raise TypeError(f"q: got an array on DLPack device type {int(device_type)}, expected the CPU or a CUDA GPU")
         if self.kind == "torch":
             torch = sys.modules["torch"]
             major, minor = torch.cuda.get_device_capability(index)

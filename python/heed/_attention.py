@@ -77,7 +77,8 @@ def flash_mha(
         as JAX arrays.
 
     Raises:
-        ValueError: a shape or value is wrong; a token axis is sharded. The message names it, got and expected.
+        ValueError: a shape or value is wrong; a token axis is sharded. The message names it, got and expected. (Where
+            only XLA's propagation finds the sharded axis, JAX raises its own error around that message.)
         TypeError: a dtype or kind of array is wrong, or a traced value stands where a static one is needed.
         UnsupportedError: no kernel serves the call where it would run; `.reasons` has each candidate's reason.
         NotImplementedError: under `jax.grad`: this version has no gradients yet.
@@ -98,8 +99,8 @@ def flash_mha(
         if value is None:
             raise TypeError(f"{name}: got None, expected an array")
     kind = common_kind(OPERAND_NAMES, operands)
-    require_rank_4(q.shape if hasattr(q, "shape") else ())
     if kind == "jax":
+        require_rank_4(q.shape)
         from heed import _jax_attention
 
         return _jax_attention.flash_mha(statics, operands)
@@ -136,6 +137,7 @@ def _run_eagerly(kind: str, statics: AttentionStatics, operands: Operands) -> An
     specs = [
         None if value is None else ops.spec(name, value) for name, value in zip(OPERAND_NAMES, operands, strict=True)
     ]
+    require_rank_4(specs[0][1] if specs[0] is not None else ())
     text, resolution = _resolved(statics, tuple(specs), ops.target())
     outputs = [ops.empty(resolution.out_shape, resolution.out_dtype)]
     if statics.return_lse:

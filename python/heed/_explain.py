@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from heed._arrays import DLPackOps, is_jax, kind_of
+from heed._arrays import DLPackOps, common_kind, is_jax, kind_of
 from heed._attention import flash_mha, split_segment_ids
 from heed._problem import (
     OPERAND_NAMES,
@@ -75,10 +75,12 @@ def _readable(option: str) -> str:
     return f"{name} {float.fromhex(value):g}" if "0x" in value else f"{name} {value}"
 
 
-def _default_target(values: list[Any]) -> str:
-    """Where a call on these values would run."""
-    like = values[0]
-    if is_jax(like) or not hasattr(like, "__dlpack__"):
+def _default_target(names: Sequence[str], values: Sequence[Any]) -> str:
+    """Where a call on these values would run. Raises on kinds of array that do not mix."""
+    given = [value for value in values if value is not None]
+    like = next((value for value in given if is_jax(value)), given[0])
+    is_described = any(not is_jax(value) and not hasattr(value, "__dlpack__") for value in given)
+    if is_described or common_kind(names, values) == "jax":
         jax = sys.modules.get("jax")
         if jax is None:  # shapes without arrays, and no JAX: heed's default
             return "cpu"
@@ -93,9 +95,11 @@ def _default_target(values: list[Any]) -> str:
 
 def _spec(name: str, value: Any) -> Spec:
     """dtype and shape of an array or of anything that only describes one (`jax.ShapeDtypeStruct`)."""
+    if hasattr(value, "__dlpack__") and not is_jax(value):
+        return DLPackOps(kind_of(name, value), value).spec(name, value)
     if not hasattr(value, "shape") or not hasattr(value, "dtype"):
         raise TypeError(f"{name}: got {type(value).__name__}, expected an array or a jax.ShapeDtypeStruct")
-    return str(value.dtype).removeprefix("torch."), tuple(value.shape)
+    return str(value.dtype), tuple(value.shape)
 
 
 def _segment_spec(name: str, value: Any) -> Spec:
@@ -123,14 +127,17 @@ def explain(function: Callable[..., Any], /, *args: Any, target: str | None = No
     arrays = [given.pop(name) for name in ("q", "k", "v")]
     segments = split_segment_ids(given.pop("segment_ids"))
     operands = (*arrays, given.pop("sinks"), given.pop("alibi_slopes"), *segments)
+    for name, value in zip(OPERAND_NAMES, arrays, strict=False):
+        if value is None:
+            raise TypeError(f"{name}: got None, expected an array")
     specs = [
         None if value is None else (_segment_spec if "segment" in name else _spec)(name, value)
         for name, value in zip(OPERAND_NAMES, operands, strict=True)
     ]
     statics = attention_statics(**given)
-    require_rank_4(arrays[0].shape)
+    require_rank_4(specs[0][1] if specs[0] is not None else ())
     text = attention_text(statics, specs)
-    where = target if target is not None else _default_target(arrays)
+    where = target if target is not None else _default_target(OPERAND_NAMES, operands)
     resolution = resolve_attention(text, where)
     return Explanation(
         function="flash_mha",

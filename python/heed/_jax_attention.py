@@ -19,7 +19,7 @@ import numpy as np  # noqa: E402
 from heed._arrays import numpy_to_int32  # noqa: E402
 from heed._jax import axes, ffi_target, partition  # noqa: E402
 from heed._jax.primitive import attention_fwd_p, check_placement, compiled  # noqa: E402
-from heed._problem import OPERAND_NAMES, AttentionStatics, Spec, attention_text, resolve_attention  # noqa: E402
+from heed._problem import OPERAND_NAMES, AttentionStatics, Spec, attention_text, require_kernel, resolve_attention  # noqa: E402
 
 __all__ = ["export_checks", "flash_mha", "register_targets"]
 
@@ -42,8 +42,11 @@ def export_checks() -> list[Any]:
 @functools.lru_cache(maxsize=4096)
 def _validated(statics: AttentionStatics, operands: tuple[tuple[Any, tuple[int, ...]] | None, ...]) -> tuple[str, ...]:
     """Validates dtypes and shapes, once for each. Returns the names of the operands that are present."""
-    specs: list[Spec | None] = [None if x is None else (str(x[0]), x[1]) for x in operands]
-    resolve_attention(attention_text(statics, specs), "cpu")  # raises on what is wrong, whoever serves it
+    specs: list[Spec | None] = [None if x is None else (x[0].name, x[1]) for x in operands]
+    text = attention_text(statics, specs)
+    resolution = resolve_attention(text, "cpu")  # raises on what is wrong, whoever serves it
+    if statics.backend is not None and resolve_attention(text, "cuda").chosen is None:
+        require_kernel(resolution, "flash_mha", "cpu")  # a backend that serves on no platform: no need to wait
     return axes.present_operands([x is not None for x in operands])
 
 
@@ -58,13 +61,16 @@ def _same_varying_axes(arrays: Sequence[Any]) -> list[Any]:
 
 
 def _segment_ids(name: str, x: Any) -> Any:
-    """Integer ids of any width as int32. NumPy values are checked; traced ones wrap as XLA's cast does."""
+    """Integer ids of any width as int32. NumPy values are checked; JAX's are clamped to what int32 holds."""
     if x is None or x.dtype == jnp.int32:
         return x
     if isinstance(x, np.ndarray):
         return numpy_to_int32(name, x)
     if not jnp.issubdtype(x.dtype, jnp.integer):
         raise TypeError(f"{name}: got dtype {x.dtype}, expected an integer dtype")
+    wide, narrow = jnp.iinfo(x.dtype), jnp.iinfo(jnp.int32)
+    if wide.max > narrow.max:
+        x = jnp.clip(x, max(wide.min, narrow.min), narrow.max)
     return x.astype(jnp.int32)
 
 

@@ -69,7 +69,10 @@ def _expected(name: str, value: Any, expected: str) -> TypeError:
 def _real(name: str, value: Any) -> float:
     if isinstance(value, (bool, np.bool_)) or not isinstance(value, (numbers.Real, np.floating, np.integer)):
         raise _expected(name, value, "a Python float")
-    return float(value)
+    try:
+        return float(value)
+    except OverflowError:
+        raise ValueError(f"{name}: got {str(value)[:40]}..., expected a finite number") from None
 
 
 def _flag(name: str, value: Any) -> bool:

@@ -43,7 +43,11 @@ class Checker {
                       (index == kK || index == kV ? " (the dtype of q)" : ""));
     }
     const size_t num_lead = index == kQ ? std::max<size_t>(spec.shape.size(), dims.size()) - dims.size() : lead.size();
-    if (spec.shape.size() != num_lead + dims.size() || spec.shape.size() > kMaxRank) {
+    if (spec.shape.size() > kMaxRank) {
+      value_error(name, "rank " + std::to_string(spec.shape.size()),
+                  "at most " + std::to_string(kMaxRank - dims.size()) + " leading axes");
+    }
+    if (spec.shape.size() != num_lead + dims.size()) {
       value_error(name, "shape " + show(spec.shape) + " of rank " + std::to_string(spec.shape.size()),
                   describe(dims, num_lead));
     }
@@ -108,6 +112,12 @@ void check_head_dim(std::string_view tensor, const Dim& dim) {
 }
 
 void check_options(const AttentionOptions& options) {
+  if (options.causal_align > CausalAlign::kTopLeft) {
+    value_error("causal_align", std::to_string(static_cast<int>(options.causal_align)), "one of heed::CausalAlign");
+  }
+  if (options.backend > Backend::kSm90) {
+    value_error("backend", std::to_string(static_cast<int>(options.backend)), "one of heed::Backend");
+  }
   if (options.softmax_scale) check_float("softmax_scale", *options.softmax_scale);
   check_float("softcap", options.softcap);
   if (options.softcap < 0) value_error("softcap", std::to_string(options.softcap), "0 (off) or a positive number");
@@ -122,10 +132,8 @@ void check_options(const AttentionOptions& options) {
 void check_sizes(std::string_view tensor, const std::vector<int64_t>& shape) {
   int64_t count = 8;
   for (int64_t size : shape) {
-    if (size == 0) return;
-  }
-  for (int64_t size : shape) {
-    if (__builtin_mul_overflow(count, size, &count)) {
+    // An empty tensor's other sizes are multiplied too, by kernels and by whoever makes strides.
+    if (__builtin_mul_overflow(count, std::max<int64_t>(size, 1), &count)) {
       value_error(tensor, "shape " + show(shape), "at most 2^60 elements");
     }
   }

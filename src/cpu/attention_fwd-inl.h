@@ -235,8 +235,8 @@ HWY_NOINLINE void transform_scores(const ForwardPlan& plan, const Item& item, co
     HEED_UNROLL for (int m = 0; m < kVecs; ++m) {
       float* at = item.scores + (t * kVecs + m) * kLanes;
       VF s = hn::Load(d, at);
-      s = plan.softcap > 0.0f ? score::soft_capped(math, s, plan.scale_over_cap, plan.softcap)
-                              : math.mul(s, math.set(static_cast<float>(plan.scale)));
+      s = plan.has_softcap ? score::soft_capped(math, s, plan.scale_over_cap, plan.softcap)
+                           : math.mul(s, math.set(static_cast<float>(plan.scale)));
       if (has_alibi) {
         s = score::alibi_biased(math, s, hn::Load(d, panel.slope + m * kLanes),
                                 hn::Add(hn::Load(d, panel.query + m * kLanes), distance));

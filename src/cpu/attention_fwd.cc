@@ -97,14 +97,19 @@ ForwardPlan make_plan(const AttentionProblem& problem, const AttentionForwardArg
                                   problem.causal_align == CausalAlign::kBottomRight);
   plan.scale = std::abs(problem.softmax_scale);
   plan.negates_q = problem.softmax_scale < 0.0;
-  // Beyond 1e30 a cap changes no float32 score that it does not flush to zero in the division.
-  if (problem.softcap > 0.0 && problem.softcap < 1e30) {
-    plan.softcap = static_cast<float>(problem.softcap);
+  // Beyond 1e30 a cap changes no float32 score that it does not flush to zero in the division. Below the smallest
+  // normal float it would itself be flushed, and there all scores are 0 to float32.
+  plan.has_softcap = problem.softcap > 0.0 && problem.softcap < 1e30;
+  if (plan.has_softcap) {
+    constexpr double kSmallest = std::numeric_limits<float>::min();
+    plan.softcap = static_cast<float>(std::max(problem.softcap, kSmallest));
     plan.scale_over_cap = static_cast<float>(
         std::min(plan.scale / problem.softcap, static_cast<double>(std::numeric_limits<float>::max())));
   }
-  // A scale near 0 must not meet the -inf of a masked score.
-  plan.has_score_transform = plan.softcap > 0.0f || plan.alibi_slopes.data != nullptr || plan.scale < 1e-30;
+  // A scale near 0 must not meet the -inf of a masked score, and one near the largest float must not overflow when it
+  // becomes the factor of a base-2 exponent.
+  plan.has_score_transform =
+      plan.has_softcap || plan.alibi_slopes.data != nullptr || plan.scale < 1e-30 || plan.scale > 1e38;
   return plan;
 }
 

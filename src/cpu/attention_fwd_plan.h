@@ -45,8 +45,9 @@ struct ForwardPlan {
   // < 0.
   bool has_score_transform = false;
   bool negates_q = false;
-  double scale = 0.0;           // >= 0
-  float softcap = 0.0f;         // 0: off
+  double scale = 0.0;  // >= 0
+  bool has_softcap = false;
+  float softcap = 0.0f;         // a normal number if has_softcap
   float scale_over_cap = 0.0f;  // finite
 };
 

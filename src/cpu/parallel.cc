@@ -133,13 +133,17 @@ struct Arena {
 // Never destroyed: other threads may still be inside while the process ends, and a forked child must not touch it.
 std::atomic<Arena*> shared_arena{nullptr};
 std::atomic<bool> is_forked_child{false};
+std::atomic<int> forked_helpers{0};  // threads that help loops of a forked child
 
 Arena& arena(int threads) {
   if (Arena* made = shared_arena.load(std::memory_order_acquire)) return *made;
   static std::mutex making;
   const std::lock_guard<std::mutex> lock(making);
   if (Arena* made = shared_arena.load(std::memory_order_acquire)) return *made;
-  pthread_atfork(nullptr, nullptr, [] { is_forked_child.store(true); });
+  pthread_atfork(nullptr, nullptr, [] {
+    is_forked_child.store(true);
+    forked_helpers.store(0);  // a grandchild has none of its parent's
+  });
   auto* made = new Arena(threads);
   shared_arena.store(made, std::memory_order_release);
   return *made;
@@ -148,10 +152,9 @@ Arena& arena(int threads) {
 // oneTBB cannot be used in the child of a process that used it: its workers are gone and a lock may have been held when
 // they went. There the arena is this: threads that live as long as one loop, and no more of them at a time than
 // configured.
-std::atomic<int> forked_helpers{0};
-
 void run_in_forked_child(Loop& loop, int threads) {
   std::vector<std::thread> helpers;
+  helpers.reserve(static_cast<size_t>(threads));
   for (int i = 1; i < threads; ++i) {
     if (forked_helpers.fetch_add(1) >= threads - 1) {
       forked_helpers.fetch_sub(1);

@@ -32,6 +32,8 @@ int guarded(const Body& body) {
     ffi::detail::SetSafeCallRaised(error);
   } catch (const std::exception& error) {
     TVMFFIErrorSetRaisedFromCStr("RuntimeError", error.what());
+  } catch (...) {
+    TVMFFIErrorSetRaisedFromCStr("RuntimeError", "unknown exception");
   }
   return -1;
 }
@@ -66,11 +68,14 @@ heed::DType dtype_of(const DLTensor& tensor, heed::DType expected, std::string_v
                         std::to_string(dtype.bits) + " bits, expected " + std::string(heed::info(expected).name));
 }
 
+const DLTensor* tensor_argument(const TVMFFIAny& argument, std::string_view name) {
+  if (argument.type_index == kTVMFFIDLTensorPtr) return static_cast<const DLTensor*>(argument.v_ptr);
+  if (argument.type_index == kTVMFFITensor) return TVMFFITensorGetDLTensorPtr(argument.v_obj);
+  throw heed::TypeError(std::string(name) + ": got no tensor, expected a DLPack tensor");
+}
+
 heed::TensorView view_argument(const TVMFFIAny& argument, heed::DType expected, std::string_view name) {
-  const DLTensor* tensor = nullptr;
-  if (argument.type_index == kTVMFFIDLTensorPtr) tensor = static_cast<const DLTensor*>(argument.v_ptr);
-  if (argument.type_index == kTVMFFITensor) tensor = TVMFFITensorGetDLTensorPtr(argument.v_obj);
-  if (tensor == nullptr) throw heed::TypeError(std::string(name) + ": got no tensor, expected a DLPack tensor");
+  const DLTensor* tensor = tensor_argument(argument, name);
   if (tensor->ndim < 0 || tensor->ndim > heed::kMaxRank) {
     throw heed::ValueError(std::string(name) + ": got rank " + std::to_string(tensor->ndim) + ", expected at most " +
                            std::to_string(heed::kMaxRank));
@@ -79,11 +84,11 @@ heed::TensorView view_argument(const TVMFFIAny& argument, heed::DType expected, 
   view.dtype = dtype_of(*tensor, expected, name);
   if (tensor->data != nullptr) view.data = static_cast<char*>(tensor->data) + tensor->byte_offset;
   view.rank = tensor->ndim;
-  int64_t contiguous_stride = 1;
+  uint64_t contiguous_stride = 1;  // unsigned: shapes that overflow are refused later
   for (int i = view.rank - 1; i >= 0; --i) {
     view.shape[i] = tensor->shape[i];
-    view.strides[i] = tensor->strides != nullptr ? tensor->strides[i] : contiguous_stride;
-    contiguous_stride *= tensor->shape[i];
+    view.strides[i] = tensor->strides != nullptr ? tensor->strides[i] : static_cast<int64_t>(contiguous_stride);
+    contiguous_stride *= static_cast<uint64_t>(tensor->shape[i]);
   }
   const bool is_cpu = tensor->device.device_type == kDLCPU;
   const bool is_cuda = tensor->device.device_type == kDLCUDA;
@@ -95,17 +100,14 @@ heed::TensorView view_argument(const TVMFFIAny& argument, heed::DType expected, 
   return view;
 }
 
-bool is_on_cpu(const TVMFFIAny& argument) {
-  return view_argument(argument, heed::DType::kBFloat16, "q").device.type == heed::DeviceType::kCpu;
-}
-
 // attention_fwd(problem, *inputs, *outputs): the operands that the problem's text names, in its order, then out[, lse].
 void attention_fwd(const TVMFFIAny* args, int32_t num_args) {
   if (num_args < 2) throw heed::TypeError("attention_fwd: got too few arguments, expected a problem and its tensors");
   const std::string_view text = string_argument(args[0], "problem");
   static const heed::Target kCpuTarget = heed::parse_target("cpu");
   static const heed::Target kCudaTarget = heed::parse_target("cuda");
-  const auto prepared = heed::prepare_attention_fwd(text, is_on_cpu(args[1]) ? kCpuTarget : kCudaTarget);
+  const auto prepared = heed::prepare_attention_fwd(
+      text, tensor_argument(args[1], "q")->device.device_type == kDLCPU ? kCpuTarget : kCudaTarget);
   const heed::AttentionProblem& problem = prepared->problem;
 
   const int num_expected = 1 + problem.num_inputs() + problem.num_outputs();

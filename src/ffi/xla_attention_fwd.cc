@@ -103,5 +103,7 @@ extern "C" HEED_API xla::Error* heed_xla_attention_fwd(xla::CallFrame* frame) {
     return make_error(frame->api, xla::kInvalidArgument, error.what());
   } catch (const std::exception& error) {
     return make_error(frame->api, xla::kInternal, error.what());
+  } catch (...) {
+    return make_error(frame->api, xla::kInternal, "heed.attention_fwd.v1: unknown exception");
   }
 }

@@ -3,6 +3,9 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <iterator>
+#include <utility>
+#include <vector>
 
 #include "core/dtype.h"
 #include "core/text_table.h"
@@ -33,6 +36,18 @@ const TensorView& operand(const AttentionForwardArgs& args, int index) {
   return *inputs_of(const_cast<AttentionForwardArgs&>(args))[static_cast<size_t>(index)];
 }
 
+// What the type system lets through: ranks and enumerators out of range.
+void check_view_fields(std::string_view name, const TensorView& view) {
+  if (view.rank > kMaxRank) {
+    throw ValueError(std::string(name) + ": got rank " + std::to_string(view.rank) + ", expected at most " +
+                     std::to_string(kMaxRank));
+  }
+  if (view.defined() && static_cast<size_t>(view.dtype) >= std::size(kDTypes)) {
+    throw TypeError(std::string(name) + ": got DType " + std::to_string(static_cast<int>(view.dtype)) +
+                    ", expected one of heed::DType");
+  }
+}
+
 AttentionRequest make_request(const AttentionForwardArgs& args, const AttentionOptions& options) {
   AttentionRequest request;
   request.options = options;
@@ -40,7 +55,7 @@ AttentionRequest make_request(const AttentionForwardArgs& args, const AttentionO
   for (int i = 0; i < kNumAttentionInputs; ++i) {
     const TensorView& view = operand(args, i);
     if (!view.defined()) continue;
-    if (view.rank > kMaxRank) throw ValueError(std::string(kAttentionOperandNames[i]) + ": rank above kMaxRank");
+    check_view_fields(kAttentionOperandNames[i], view);
     request.operands[i] = {
         std::string(info(view.dtype).name), {view.shape.begin(), view.shape.begin() + view.rank}, true};
   }
@@ -53,10 +68,28 @@ std::string show(const TensorView& view) {
   return text + "]";
 }
 
+// Whether each stride steps over all that the smaller ones span. Sufficient for elements not to share memory, and true
+// of every layout that slices, transposes or pads an array.
+bool has_distinct_elements(const TensorView& view) {
+  std::vector<std::pair<uint64_t, uint64_t>> axes;  // stride, size - 1
+  for (int i = 0; i < view.rank; ++i) {
+    const auto stride = static_cast<uint64_t>(view.strides[i]);
+    if (view.shape[i] > 1) axes.emplace_back(view.strides[i] < 0 ? -stride : stride, view.shape[i] - 1);
+  }
+  std::sort(axes.begin(), axes.end());
+  uint64_t span = 0;
+  for (auto [stride, steps] : axes) {
+    if (stride <= span) return false;
+    span += stride * steps;
+  }
+  return true;
+}
+
 // One view's dtype, shape and memory against what the problem says.
 void check_view(std::string_view name, const TensorView& view, DType dtype, const std::vector<int64_t>& shape,
                 Device device, bool is_output) {
   const std::string tensor(name);
+  check_view_fields(name, view);
   bool is_same_shape = view.rank == static_cast<int>(shape.size());
   bool is_empty = false;
   for (int i = 0; is_same_shape && i < view.rank; ++i) {
@@ -81,10 +114,10 @@ void check_view(std::string_view name, const TensorView& view, DType dtype, cons
     throw ValueError(tensor + ": got a misaligned pointer, expected one aligned to " + std::to_string(size_bytes) +
                      " bytes");
   }
-  for (int i = 0; is_output && i < view.rank; ++i) {
-    if (view.strides[i] == 0 && view.shape[i] > 1) {
-      throw ValueError(tensor + ": got stride 0 on axis " + std::to_string(i) + ", expected distinct output elements");
-    }
+  if (is_output && !has_distinct_elements(view)) {
+    std::string strides;
+    for (int i = 0; i < view.rank; ++i) strides += (i == 0 ? "" : ", ") + std::to_string(view.strides[i]);
+    throw ValueError(tensor + ": got strides [" + strides + "], expected strides that keep output elements apart");
   }
 }
 
@@ -116,7 +149,8 @@ AttentionFwdResolution resolve(const AttentionProblem& problem, const Target& ta
 }
 
 std::shared_ptr<const PreparedAttentionFwd> prepare_attention_fwd(std::string_view text, const Target& target) {
-  static TextTable<PreparedAttentionFwd> tables[2];  // one for the CPU, one for GPUs
+  // One for the CPU, one for GPUs. Never destroyed: other threads may still compute while the process ends.
+  static auto* const tables = new TextTable<PreparedAttentionFwd>[2];
   TextTable<PreparedAttentionFwd>& table = tables[target.is_cpu ? 0 : 1];
   if (std::shared_ptr<const PreparedAttentionFwd> known = table.find(text)) return known;
   const AttentionRequest request = parse_attention_request(text);

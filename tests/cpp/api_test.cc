@@ -133,6 +133,39 @@ TEST(AttentionForward, ErrorsAreTypedAndLeaveTheOutputAlone) {
   for (float value : problem.out) EXPECT_EQ(value, -7.0F);
 }
 
+TEST(AttentionForward, RanksAndEnumeratorsOutOfRangeAreRefused) {
+  Case problem(4, 4, 8);
+  for (TensorView AttentionForwardArgs::*view :
+       {&AttentionForwardArgs::q, &AttentionForwardArgs::v, &AttentionForwardArgs::out, &AttentionForwardArgs::lse}) {
+    AttentionForwardArgs args = problem.args;
+    (args.*view).rank = 1000000;
+    EXPECT_THROW(attention_forward(args), ValueError);
+    args = problem.args;
+    (args.*view).dtype = static_cast<DType>(200);
+    EXPECT_THROW(attention_forward(args), TypeError);
+  }
+  AttentionOptions options;
+  options.backend = static_cast<Backend>(200);
+  EXPECT_THROW(attention_forward(problem.args, options), ValueError);
+  options = {};
+  options.causal_align = static_cast<CausalAlign>(77);
+  EXPECT_THROW(attention_forward(problem.args, options), ValueError);
+}
+
+TEST(AttentionForward, OutputsWhoseElementsShareMemoryAreRefused) {
+  Case problem(4, 4, 8);
+  AttentionForwardArgs args = problem.args;
+  args.out.strides = {32, 4, 1, 1};  // rows of 8 elements, 4 apart
+  EXPECT_THROW(attention_forward(args), ValueError);
+  std::vector<float> padded(4 * 11 + 8);
+  args.out = TensorView::contiguous(padded.data() + 3 * 11, DType::kFloat32, {1, 4, 1, 8});
+  args.out.strides = {0, -11, 5, 1};  // padded rows, last one first; axes of size 1 may have any stride
+  attention_forward(args);
+  attention_forward(problem.args);
+  EXPECT_EQ(padded[3 * 11], problem.out[0]);
+  EXPECT_EQ(padded[7], problem.out[3 * 8 + 7]);
+}
+
 TEST(AttentionForward, CudaTensorsAreRefusedWithReasons) {
   Case problem(4, 4, 8);
   AttentionForwardArgs args = problem.args;
