@@ -22,7 +22,7 @@ Array = Any  # numpy.ndarray or jax.Array
 __all__ = ["attention_forward", "naive_attention_forward", "visible_keys"]
 
 
-@np.errstate(invalid="ignore", over="ignore")  # inputs may hold NaN and infinities
+@np.errstate(invalid="ignore", over="ignore", divide="ignore")  # inputs may hold NaN and infinities, caps be tiny
 def attention_forward(
     q: Array,
     k: Array,
