@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 import heed
 from heed._lib import function
+from processes import run
 
 TARGETS = list(function("cpu_targets")())
 
@@ -34,17 +32,6 @@ for spec in CONFORMANCE:
     count += 1
 print(count)
 """
-
-
-def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-c", code],
-        env=os.environ | environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
 
 
 @pytest.mark.parametrize("target", TARGETS)

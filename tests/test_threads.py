@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import multiprocessing
-import os
-import subprocess
-import sys
 import threading
 from pathlib import Path
 
@@ -14,6 +11,7 @@ import pytest
 
 import heed
 from expected import expected_of
+from processes import run
 from specs import BY_NAME, AttentionSpec, make_inputs
 
 NAMES = ("everything", "causal_gqa_d128_bfloat16", "window_causal", "kv_len_0", "gqa_64_over_4", "sinks_window")
@@ -32,17 +30,6 @@ for name in {names!r}:
         digest.update(x.tobytes())
 print(function("num_threads")(), digest.hexdigest())
 """
-
-
-def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-c", code],
-        env=os.environ | environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
 
 
 def flash(spec: AttentionSpec) -> tuple[np.ndarray, np.ndarray]:

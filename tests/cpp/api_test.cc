@@ -6,6 +6,7 @@
 #include <random>
 #include <vector>
 
+#include "attention_oracle.h"
 #include "heed/heed.h"
 
 namespace heed {
@@ -17,27 +18,6 @@ std::vector<float> random_values(size_t count, unsigned seed) {
   std::vector<float> values(count);
   for (float& value : values) value = normal(generator);
   return values;
-}
-
-// One head, batch 1, float64: softmax(q k^T / sqrt(d)) v, causal if asked for.
-std::vector<double> oracle(const std::vector<float>& q, const std::vector<float>& k, const std::vector<float>& v,
-                           int q_len, int kv_len, int dim, bool is_causal) {
-  std::vector<double> out(static_cast<size_t>(q_len) * dim, 0.0);
-  for (int i = 0; i < q_len; ++i) {
-    std::vector<double> weights(kv_len);
-    double sum = 0.0;
-    for (int j = 0; j < kv_len; ++j) {
-      double score = 0.0;
-      for (int d = 0; d < dim; ++d) score += static_cast<double>(q[i * dim + d]) * k[j * dim + d];
-      const bool is_kept = !is_causal || j <= i + kv_len - q_len;
-      weights[j] = is_kept ? std::exp(score / std::sqrt(dim)) : 0.0;
-      sum += weights[j];
-    }
-    for (int j = 0; j < kv_len; ++j) {
-      for (int d = 0; d < dim; ++d) out[i * dim + d] += weights[j] / sum * v[j * dim + d];
-    }
-  }
-  return out;
 }
 
 struct Case {
@@ -62,16 +42,19 @@ struct Case {
   }
 };
 
-TEST(AttentionForward, MatchesAFloat64Loop) {
+TEST(AttentionForward, ObeysTheToleranceRule) {
   for (bool is_causal : {false, true}) {
-    Case problem(37, 53, 24);
-    AttentionOptions options;
-    options.is_causal = is_causal;
-    attention_forward(problem.args, options);
-    const std::vector<double> expected = oracle(problem.q, problem.k, problem.v, 37, 53, 24, is_causal);
-    for (size_t i = 0; i < expected.size(); ++i) {
-      ASSERT_NEAR(problem.out[i], expected[i], 16 * std::numeric_limits<float>::epsilon()) << i;
-    }
+    testing_oracle::Case c{.name = "api", .batch = 2, .q_len = 37, .kv_len = 53, .num_q_heads = 4, .num_kv_heads = 2};
+    c.head_dim_qk = 24, c.head_dim_v = 40;
+    c.options.is_causal = is_causal;
+    testing_oracle::Inputs in = testing_oracle::make_inputs(c);
+    testing_oracle::Tensor out(c.dtype, {2, 37, 4, 40});
+    testing_oracle::Tensor lse(DType::kFloat32, {2, 4, 37});
+    attention_forward(testing_oracle::make_args(in, out, lse), c.options);
+    const testing_oracle::Expected naive = testing_oracle::attention<float>(c, in);
+    const testing_oracle::Expected oracle = testing_oracle::attention<double>(c, in);
+    testing_oracle::expect_close(out, naive.out, oracle.out, c.dtype, 40, "out");
+    testing_oracle::expect_close(lse, naive.lse, oracle.lse, DType::kFloat32, 37, "lse");
   }
 }
 
