@@ -7,7 +7,9 @@ All contenders alternate in one process; ratios are medians of the paired ratios
 from __future__ import annotations
 
 import argparse
+import concurrent.futures
 import functools
+import itertools
 import math
 import os
 import statistics
@@ -128,6 +130,53 @@ def measure_rows(rounds: int) -> list[dict[str, Any]]:
         results.append(result)
         print(f"  {row.label}: " + ", ".join(f"{k} {v:.0f}" for k, v in result["gflops"].items()), flush=True)
     return results
+
+
+def measure_decode(rounds: int) -> list[dict[str, Any]]:
+    """One query row over many keys, 32/8 heads, D 128: GB/s of K and V, beside a plain read of the same bytes.
+
+    Inputs rotate, so that they come from memory. The plain read is np.max on all cores.
+    """
+    import jax
+
+    call = jax.jit(heed.flash_mha)
+    results = []
+    threads = len(os.sched_getaffinity(0))
+    with concurrent.futures.ThreadPoolExecutor(threads) as pool:
+        for kv_len, copies in ((2048, 12), (32768, 3)):
+            rng = np.random.default_rng(0)
+            q = rng.standard_normal((1, 1, 32, 128), np.float32)
+            caches = [rng.standard_normal((2, 1, kv_len, 8, 128), np.float32) for _ in range(copies)]
+            inputs = [tuple(map(jax.numpy.asarray, (q, *cache))) for cache in caches]
+            turn = itertools.count()
+
+            def read(caches: Any = caches, turn: Any = turn) -> None:
+                halves = np.array_split(caches[next(turn) % len(caches)].reshape(-1), threads)
+                list(pool.map(np.max, halves))
+
+            def attend(inputs: Any = inputs, turn: Any = turn) -> None:
+                call(*inputs[next(turn) % len(inputs)]).block_until_ready()
+
+            contenders: dict[str, Callable[[], Any]] = {"heed": attend, "plain read": read}
+            torch_run = torch_decode(q, caches, turn)
+            if torch_run is not None:
+                contenders["torch"] = torch_run
+            seconds = paired(contenders, rounds)
+            gigabytes = caches[0].nbytes / 1e9
+            speeds = {name: gigabytes / statistics.median(samples) for name, samples in seconds.items()}
+            results.append({"keys": kv_len, "gb_per_s": speeds})
+    return results
+
+
+def torch_decode(q: Any, caches: Any, turn: Any) -> Callable[[], Any] | None:
+    try:
+        import torch
+    except (ImportError, OSError):
+        return None
+    query = torch.from_numpy(q).transpose(1, 2).contiguous()
+    inputs = [[torch.from_numpy(x).transpose(1, 2).contiguous() for x in cache] for cache in caches]
+    attend = torch.nn.functional.scaled_dot_product_attention
+    return lambda: attend(query, *inputs[next(turn) % len(inputs)], enable_gqa=True)
 
 
 def measure_relations(rounds: int) -> dict[str, float]:
@@ -255,10 +304,19 @@ def report(content: dict[str, Any]) -> str:
         for result in content["rows"]
     ]
     relations = [[name, f"{value:.3f}"] for name, value in content["relations"].items()]
+    decode = [
+        [f"1 x {row['keys']}, 32/8, D 128, one query"]
+        + [
+            f"{row['gb_per_s'][name]:.1f}" if name in row["gb_per_s"] else "-"
+            for name in ("heed", "torch", "plain read")
+        ]
+        for row in content["decode"]
+    ]
     overhead = [[name, f"{value:.1f}"] for name, value in content["overhead_us"].items()]
     return "\n\n".join(
         [
             table(header, rows),
+            table(["GB/s of K and V", "heed", "torch", "plain read"], decode),
             table(["1 x 4096, 8/8, D 128: time ratio", "measured"], relations),
             table(["one tiny call, microseconds", "measured"], overhead),
         ]
@@ -275,6 +333,7 @@ def main() -> None:
         return
     content: dict[str, Any] = {"machine": machine(), "rounds": arguments.rounds}
     content["rows"] = measure_rows(arguments.rounds)
+    content["decode"] = measure_decode(arguments.rounds)
     content["relations"] = measure_relations(arguments.rounds)
     content["relations"]["1 thread / 2 threads"] = measure_scaling(math.ceil(arguments.rounds / 2))
     content["overhead_us"] = measure_overhead()
