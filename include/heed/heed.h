@@ -22,7 +22,8 @@
 namespace heed {
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Errors. All derive from std::exception; nothing else is thrown, and the library neither aborts nor prints.
+// Errors. All derive from std::exception; nothing else is thrown, and the library neither aborts nor prints. Beside the
+// typed errors below, tensors on a GPU may meet a std::runtime_error: no driver, no compiler, what CUDA reports.
 
 // A shape or a value is wrong. The message names the tensor, what it got and what it expected.
 class HEED_API ValueError : public std::invalid_argument {
@@ -122,6 +123,10 @@ struct AttentionOptions {
   int64_t window_left = -1;   // keys kept to the left of a query's diagonal; -1: unbounded
   int64_t window_right = -1;  // keys kept to its right; -1: unbounded
   double softcap = 0.0;       // scores become softcap * tanh(score / softcap); 0: off
+  // Variable-length batches only: upper bounds of the sequences' lengths, -1 for the total number of rows. Hints that a
+  // kernel may ignore; rows past a bound that is too small are undefined.
+  int64_t max_seqlen_q = -1;
+  int64_t max_seqlen_k = -1;
   bool deterministic = false;
   Backend backend = Backend::kAuto;
 };
@@ -129,23 +134,35 @@ struct AttentionOptions {
 // Operands of attention_forward. B batch, Lq / Lk tokens, Hq / Hk query / KV heads (Hq a multiple of Hk), D and Dv head
 // dims from 1 to 256. Every operand may have the same number of further leading axes, each of the full size or 1 (a
 // size of 1 broadcasts). Strides are arbitrary.
+//
+// With cu_seqlens_q the batch is one of variable lengths: q, k, v, out and lse lose their axis B, Tq / Tk rows in all
+// stand in the place of Lq / Lk, and sequence b has the queries [cu_seqlens_q[b], cu_seqlens_q[b + 1]) and the keys
+// from cu_seqlens_k[b] (cu_seqlens_q[b] without cu_seqlens_k) on: as many as up to the next entry, or seqused_k[b] if
+// that is fewer. These values lie on the device of the other operands and are read when the call runs; whatever they
+// hold is clamped, so that nothing outside the tensors is touched. Queries outside every sequence get out 0 and lse
+// -inf. Sequences whose queries overlap (entries that decrease) leave undefined values in rows of `out` and `lse`.
 struct AttentionForwardArgs {
-  TensorView q;               // [B, Lq, Hq, D]  float32, float16 or bfloat16
-  TensorView k;               // [B, Lk, Hk, D]  dtype of q
-  TensorView v;               // [B, Lk, Hk, Dv] dtype of q
+  TensorView q;               // [B, Lq, Hq, D] or [Tq, Hq, D]: float32, float16 or bfloat16
+  TensorView k;               // [B, Lk, Hk, D] or [Tk, Hk, D], dtype of q
+  TensorView v;               // [B, Lk, Hk, Dv] or [Tk, Hk, Dv], dtype of q
   TensorView sinks;           // optional [Hq] float32: raw logits added to each softmax denominator
   TensorView alibi_slopes;    // optional [Hq] float32: score -= slope * |distance from the diagonal|
   TensorView q_segment_ids;   // optional [B, Lq] int32: attention only where both ids are equal
   TensorView kv_segment_ids;  // optional [B, Lk] int32: given if and only if q_segment_ids is
-  TensorView out;             // [B, Lq, Hq, Dv] dtype of q, written
-  TensorView lse;             // optional [B, Hq, Lq] float32, written: natural log of the softmax denominator
+  TensorView cu_seqlens_q;    // optional [B + 1] int32: a batch of variable lengths; excludes segment ids
+  TensorView cu_seqlens_k;    // optional [B + 1] int32, only beside cu_seqlens_q
+  TensorView seqused_k;       // optional [B] int32, only beside cu_seqlens_q
+  TensorView out;             // [B, Lq, Hq, Dv] or [Tq, Hq, Dv], dtype of q, written
+  TensorView lse;             // optional [B, Hq, Lq] or [Hq, Tq] float32, written: log of the softmax denominator
+  void* stream = nullptr;     // CUDA stream for tensors on a GPU (null: the default stream)
 };
 
 // Softmax attention: for every query row i, with s_j = scale * <q_i, k_j> (soft-capped, then ALiBi, then masked),
 //   out_i = sum_j exp(s_j - lse_i) v_j,   lse_i = log(sum_j exp(s_j) [+ exp(sink)]).
 // A row with no visible key gets out 0 and lse -inf (with sinks: lse = its sink). Statistics and accumulation are
 // float32. out and lse must not share memory with each other or with an input (not checked).
-// Throws ValueError, TypeError or UnsupportedError before anything is written.
+// Throws ValueError, TypeError or UnsupportedError before anything is written. On a GPU the call is asynchronous on
+// args.stream, and the first one of its kind finds or compiles its kernel.
 HEED_API void attention_forward(const AttentionForwardArgs& args, const AttentionOptions& options = {});
 
 // ---------------------------------------------------------------------------------------------------------------------

@@ -114,6 +114,9 @@ std::string to_text(const AttentionRequest& request) {
   text += options.is_causal ? ";causal=1" : ";causal=0";
   text += ";align=" + std::string(kAlignNames[static_cast<int>(options.causal_align)]);
   text += ";window=" + std::to_string(options.window_left) + "," + std::to_string(options.window_right);
+  if (request.operands[kCuSeqlensQ].present) {
+    text += ";max_seqlen=" + std::to_string(options.max_seqlen_q) + "," + std::to_string(options.max_seqlen_k);
+  }
   text += ";softcap=" + to_hex(options.softcap);
   text += request.wants_lse ? ";lse=1" : ";lse=0";
   text += options.deterministic ? ";deterministic=1" : ";deterministic=0";
@@ -139,6 +142,12 @@ AttentionRequest parse_attention_request(std::string_view text) {
   options.window_left = reader.integer();
   reader.expect(",");
   options.window_right = reader.integer();
+  if (request.operands[kCuSeqlensQ].present) {
+    reader.expect(";max_seqlen=");
+    options.max_seqlen_q = reader.integer();
+    reader.expect(",");
+    options.max_seqlen_k = reader.integer();
+  }
   reader.expect(";softcap=");
   options.softcap = reader.real();
   reader.expect(";lse=");

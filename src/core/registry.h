@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <memory>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -18,7 +19,10 @@ struct Kernel {
   Backend backend;
   std::string_view backend_name;
   std::string (*declines)(const Problem&, const Target&);  // the reason, empty if it serves the problem
-  void (*run)(const Problem&, const Args&);
+  void (*run)(const Problem&, const Args&, void* prepared);
+  // What the kernel derives once from a problem (null: nothing), and how that is made ready on a CUDA device.
+  std::shared_ptr<void> (*prepare)(const Problem&) = nullptr;
+  void (*load)(const Problem&, void* prepared, int device) = nullptr;
 };
 
 template <class KernelType>

@@ -3,6 +3,7 @@
 #include <cmath>
 #include <limits>
 #include <string_view>
+#include <utility>
 
 #include "core/dtype.h"
 #include "core/problem.h"
@@ -43,9 +44,9 @@ class Checker {
                       (index == kK || index == kV ? " (the dtype of q)" : ""));
     }
     const size_t num_lead = index == kQ ? std::max<size_t>(spec.shape.size(), dims.size()) - dims.size() : lead.size();
-    if (spec.shape.size() > kMaxRank) {
+    if (spec.shape.size() > kMaxLeadAxes + dims.size()) {
       value_error(name, "rank " + std::to_string(spec.shape.size()),
-                  "at most " + std::to_string(kMaxRank - dims.size()) + " leading axes");
+                  "at most " + std::to_string(kMaxLeadAxes) + " leading axes");
     }
     if (spec.shape.size() != num_lead + dims.size()) {
       value_error(name, "shape " + show(spec.shape) + " of rank " + std::to_string(spec.shape.size()),
@@ -111,7 +112,7 @@ void check_head_dim(std::string_view tensor, const Dim& dim) {
   }
 }
 
-void check_options(const AttentionOptions& options) {
+void check_options(const AttentionOptions& options, bool is_varlen) {
   if (options.causal_align > CausalAlign::kTopLeft) {
     value_error("causal_align", std::to_string(static_cast<int>(options.causal_align)), "one of heed::CausalAlign");
   }
@@ -126,6 +127,69 @@ void check_options(const AttentionOptions& options) {
                 "(" + std::to_string(options.window_left) + ", " + std::to_string(options.window_right) + ")",
                 "two integers of -1 (unbounded) or more");
   }
+  for (auto [name, value] : {std::pair{"max_seqlen_q", options.max_seqlen_q}, {"max_seqlen_k", options.max_seqlen_k}}) {
+    if (value < -1) value_error(name, std::to_string(value), "-1 (the total number of rows) or an upper bound");
+    if (value != -1 && !is_varlen) value_error(name, std::to_string(value), "-1 without cu_seqlens_q");
+  }
+}
+
+// The sizes that the operands share.
+struct Dims {
+  bool is_varlen = false;
+  Dim batch{"batch"}, q_len{"q_len"}, kv_len{"kv_len"}, q_heads{"num_q_heads"}, kv_heads{"num_kv_heads"};
+  Dim head_dim{"head_dim"}, head_dim_v{"head_dim_v"};
+};
+
+void bind_dense(Checker& checker, const AttentionRequest& request, Dims& dims) {
+  const auto& operands = request.operands;
+  const std::string& dtype = operands[kQ].dtype;
+  checker.bind(kQ, {&dims.batch, &dims.q_len, &dims.q_heads, &dims.head_dim}, dtype);
+  checker.bind(kK, {&dims.batch, &dims.kv_len, &dims.kv_heads, &dims.head_dim}, dtype);
+  checker.bind(kV, {&dims.batch, &dims.kv_len, &dims.kv_heads, &dims.head_dim_v}, dtype);
+  if (operands[kQSegmentIds].present || operands[kKvSegmentIds].present) {
+    checker.bind(kQSegmentIds, {&dims.batch, &dims.q_len}, "int32");
+    checker.bind(kKvSegmentIds, {&dims.batch, &dims.kv_len}, "int32");
+  }
+  for (int index : {kCuSeqlensK, kSequsedK}) {
+    if (operands[index].present) {
+      value_error(kAttentionOperandNames[index], "a tensor without cu_seqlens_q", "it only beside cu_seqlens_q");
+    }
+  }
+}
+
+void bind_varlen(Checker& checker, const AttentionRequest& request, Dims& dims) {
+  const auto& operands = request.operands;
+  const std::string& dtype = operands[kQ].dtype;
+  dims.q_len.name = "total_q";
+  dims.kv_len.name = "total_k";
+  checker.bind(kQ, {&dims.q_len, &dims.q_heads, &dims.head_dim}, dtype);
+  checker.bind(kK, {&dims.kv_len, &dims.kv_heads, &dims.head_dim}, dtype);
+  checker.bind(kV, {&dims.kv_len, &dims.kv_heads, &dims.head_dim_v}, dtype);
+  for (int index : {kQSegmentIds, kKvSegmentIds}) {
+    if (operands[index].present) {
+      value_error(kAttentionOperandNames[index], "a tensor beside cu_seqlens_q", "segment ids or cu_seqlens, not both");
+    }
+  }
+  Dim ends{"batch_plus_1"};
+  checker.bind(kCuSeqlensQ, {&ends}, "int32");
+  if (ends.size < 1) value_error("cu_seqlens_q", "shape [0]", "batch + 1 entries, at least 1");
+  if (operands[kCuSeqlensK].present) checker.bind(kCuSeqlensK, {&ends}, "int32");
+  dims.batch.size = ends.size - 1;
+  dims.batch.bound_by = "cu_seqlens_q";
+  if (operands[kSequsedK].present) checker.bind(kSequsedK, {&dims.batch}, "int32");
+}
+
+Dims bind_operands(Checker& checker, const AttentionRequest& request) {
+  Dims dims;
+  dims.is_varlen = request.operands[kCuSeqlensQ].present;
+  if (dims.is_varlen) {
+    bind_varlen(checker, request, dims);
+  } else {
+    bind_dense(checker, request, dims);
+  }
+  if (request.operands[kSinks].present) checker.bind(kSinks, {&dims.q_heads}, "float32");
+  if (request.operands[kAlibiSlopes].present) checker.bind(kAlibiSlopes, {&dims.q_heads}, "float32");
+  return dims;
 }
 
 // Every tensor, the broadcast outputs included, has a number of elements that fits 64 bits with room for byte offsets.
@@ -147,10 +211,14 @@ std::vector<int64_t> append(std::vector<int64_t> shape, std::initializer_list<in
 }  // namespace
 
 std::vector<int64_t> AttentionProblem::out_shape() const {
+  if (is_varlen) return append(lead, {q_len, num_q_heads, head_dim_v});
   return append(lead, {batch, q_len, num_q_heads, head_dim_v});
 }
 
-std::vector<int64_t> AttentionProblem::lse_shape() const { return append(lead, {batch, num_q_heads, q_len}); }
+std::vector<int64_t> AttentionProblem::lse_shape() const {
+  if (is_varlen) return append(lead, {num_q_heads, q_len});
+  return append(lead, {batch, num_q_heads, q_len});
+}
 
 int AttentionProblem::num_inputs() const {
   return static_cast<int>(
@@ -164,40 +232,34 @@ AttentionProblem validate(const AttentionRequest& request) {
   if (q.present && (dtype == nullptr || !dtype->is_float)) {
     throw TypeError("q: got dtype " + q.dtype + ", expected float32, float16 or bfloat16");
   }
-  Dim batch{"batch"}, q_len{"q_len"}, kv_len{"kv_len"}, q_heads{"num_q_heads"}, kv_heads{"num_kv_heads"};
-  Dim head_dim{"head_dim"}, head_dim_v{"head_dim_v"};
   Checker checker(request);
-  checker.bind(kQ, {&batch, &q_len, &q_heads, &head_dim}, q.dtype);
-  checker.bind(kK, {&batch, &kv_len, &kv_heads, &head_dim}, q.dtype);
-  checker.bind(kV, {&batch, &kv_len, &kv_heads, &head_dim_v}, q.dtype);
-  if (operands[kSinks].present) checker.bind(kSinks, {&q_heads}, "float32");
-  if (operands[kAlibiSlopes].present) checker.bind(kAlibiSlopes, {&q_heads}, "float32");
-  if (operands[kQSegmentIds].present || operands[kKvSegmentIds].present) {
-    checker.bind(kQSegmentIds, {&batch, &q_len}, "int32");
-    checker.bind(kKvSegmentIds, {&batch, &kv_len}, "int32");
+  const Dims dims = bind_operands(checker, request);
+  check_head_dim("q", dims.head_dim);
+  check_head_dim("v", dims.head_dim_v);
+  if (dims.q_heads.size < 1) value_error("q", "num_q_heads 0", "1 or more");
+  if (dims.kv_heads.size < 1) value_error("k", "num_kv_heads 0", "1 or more");
+  if (dims.q_heads.size % dims.kv_heads.size != 0) {
+    value_error("q", "num_q_heads " + std::to_string(dims.q_heads.size),
+                "a multiple of num_kv_heads " + std::to_string(dims.kv_heads.size) + " of k");
   }
-  check_head_dim("q", head_dim);
-  check_head_dim("v", head_dim_v);
-  if (q_heads.size < 1) value_error("q", "num_q_heads 0", "1 or more");
-  if (kv_heads.size < 1) value_error("k", "num_kv_heads 0", "1 or more");
-  if (q_heads.size % kv_heads.size != 0) {
-    value_error("q", "num_q_heads " + std::to_string(q_heads.size),
-                "a multiple of num_kv_heads " + std::to_string(kv_heads.size) + " of k");
-  }
-  check_options(request.options);
+  const AttentionOptions& options = request.options;
+  check_options(options, dims.is_varlen);
 
   AttentionProblem problem;
   problem.dtype = dtype->dtype;
   problem.lead = checker.lead;
-  problem.batch = batch.size;
-  problem.q_len = q_len.size;
-  problem.kv_len = kv_len.size;
-  problem.num_q_heads = q_heads.size;
-  problem.num_kv_heads = kv_heads.size;
-  problem.head_dim_qk = head_dim.size;
-  problem.head_dim_v = head_dim_v.size;
-  const AttentionOptions& options = request.options;
-  problem.softmax_scale = options.softmax_scale.value_or(1.0 / std::sqrt(static_cast<double>(head_dim.size)));
+  problem.is_varlen = dims.is_varlen;
+  problem.batch = dims.batch.size;
+  problem.q_len = dims.q_len.size;
+  problem.kv_len = dims.kv_len.size;
+  const auto bound = [](int64_t asked, int64_t all) { return asked < 0 ? all : std::min(asked, all); };
+  problem.max_q_len = bound(options.max_seqlen_q, dims.q_len.size);
+  problem.max_kv_len = bound(options.max_seqlen_k, dims.kv_len.size);
+  problem.num_q_heads = dims.q_heads.size;
+  problem.num_kv_heads = dims.kv_heads.size;
+  problem.head_dim_qk = dims.head_dim.size;
+  problem.head_dim_v = dims.head_dim_v.size;
+  problem.softmax_scale = options.softmax_scale.value_or(1.0 / std::sqrt(static_cast<double>(dims.head_dim.size)));
   problem.is_causal = options.is_causal;
   problem.causal_align = options.causal_align;
   problem.window_left = options.window_left;
@@ -206,12 +268,16 @@ AttentionProblem validate(const AttentionRequest& request) {
   problem.has_sinks = operands[kSinks].present;
   problem.has_alibi = operands[kAlibiSlopes].present;
   problem.has_segment_ids = operands[kQSegmentIds].present;
+  problem.has_cu_seqlens_k = operands[kCuSeqlensK].present;
+  problem.has_seqused_k = operands[kSequsedK].present;
   problem.wants_lse = request.wants_lse;
   problem.deterministic = options.deterministic;
   problem.backend = options.backend;
   problem.operands = operands;
-  check_sizes("k", append(problem.lead, {batch.size, kv_len.size, kv_heads.size, kMaxHeadDim}));
-  check_sizes("q", append(problem.lead, {batch.size, q_len.size, q_heads.size, kMaxHeadDim}));
+  const int64_t rows = dims.is_varlen ? 1 : dims.batch.size;
+  check_sizes("k", append(problem.lead, {rows, dims.kv_len.size, dims.kv_heads.size, kMaxHeadDim}));
+  check_sizes("q", append(problem.lead, {rows, dims.q_len.size, dims.q_heads.size, kMaxHeadDim}));
+  check_sizes("cu_seqlens_q", append(problem.lead, {dims.batch.size, dims.q_heads.size}));
   return problem;
 }
 

@@ -16,6 +16,7 @@
 #include <limits>
 
 #include "cpu/attention_fwd_plan.h"
+#include "cpu/attention_fwd_schedule.h"
 #include "cpu/convert-inl.h"
 #include "cpu/math-inl.h"
 #include "cpu/parallel.h"
@@ -80,10 +81,12 @@ struct Panel {
   int32_t* id;         // [kPanelRows] segment
 };
 
-// One work item: some panels of one KV head.
+// One work item: some panels of one KV head of one sequence. Queries and keys count from the sequence's first.
 struct Item {
-  // `data` at the item's problem and head.
+  // `data` at the item's problem, head and first token.
   Operand q, k, v, sinks, alibi_slopes, q_segment_ids, kv_segment_ids, out, lse;
+  variants::Band band;
+  int64_t kv_len;
   int num_panels;
   Panel panels[kMaxPanels];
   float* k_block;  // [kBlockKeys][kRowStride]
@@ -211,7 +214,7 @@ HWY_NOINLINE void pv_kept_pairs(const ForwardPlan& plan, const Item& item, const
     for (int x = 0; x < plan.head_dim_v; ++x) panel.o[x * kRows + r] *= rescale[r];
     for (int t = keys.begin; t < keys.end; ++t) {
       const int64_t key = block.begin + t;
-      if (!plan.band.keep(query, key)) continue;
+      if (!item.band.keep(query, key)) continue;
       if (kv_ids != nullptr && !variants::same_segment(panel.id[r], kv_ids[key * item.kv_segment_ids.token])) continue;
       const float weight = item.scores[t * kRows + r];
       for (int x = 0; x < plan.head_dim_v; ++x) panel.o[x * kRows + r] += weight * item.v_block[t * kRowStride + x];
@@ -231,7 +234,7 @@ HWY_NOINLINE void transform_scores(const ForwardPlan& plan, const Item& item, co
   const bool has_alibi = plan.alibi_slopes.data != nullptr;
   for (int t = keys.begin; t < keys.end; ++t) {
     // Exact below 2^24: the distance of the panel's first query, plus a small offset per row.
-    const VF distance = hn::Set(d, static_cast<float>(panel.queries.begin + plan.band.offset - (block.begin + t)));
+    const VF distance = hn::Set(d, static_cast<float>(panel.queries.begin + item.band.offset - (block.begin + t)));
     HEED_UNROLL for (int m = 0; m < kVecs; ++m) {
       float* at = item.scores + (t * kVecs + m) * kLanes;
       VF s = hn::Load(d, at);
@@ -259,7 +262,7 @@ HWY_NOINLINE void mask_scores(const ForwardPlan& plan, const Item& item, const P
     if (t >= keys.end) break;
     const int64_t key = block.begin + t;
     // The rows that see this key are consecutive.
-    const Range queries = intersect(plan.band.queries_of(key), panel.queries);
+    const Range queries = intersect(item.band.queries_of(key), panel.queries);
     const auto first =
         static_cast<int32_t>(std::clamp<int64_t>(queries.begin * plan.group - panel.first_row, 0, kPanelRows));
     const auto last =
@@ -420,8 +423,8 @@ HWY_NOINLINE void store_panel(const ForwardPlan& plan, const Item& item, const P
     const int64_t query = (panel.first_row + r) / plan.group;
     const int64_t head = (panel.first_row + r) % plan.group;
     const double sink = sinks == nullptr ? 0.0 : sinks[head * item.sinks.head];
-    const variants::RowEnd end = variants::finish_row(panel.row_max[r] * natural, panel.row_sum[r], sinks != nullptr,
-                                                      sink, [](double x) { return std::exp(x); });
+    const auto end = variants::finish_row<double>(panel.row_max[r] * natural, panel.row_sum[r], sinks != nullptr, sink,
+                                                  [](double x) { return std::exp(x); });
     store_row<Storage>(by_row + r * kRowStride, static_cast<float>(end.divisor), plan.head_dim_v,
                        out + query * item.out.token + head * item.out.head, item.out.dim);
     if (lse != nullptr) {
@@ -433,24 +436,9 @@ HWY_NOINLINE void store_panel(const ForwardPlan& plan, const Item& item, const P
 // ---------------------------------------------------------------------------------------------------------------------
 // Work items.
 
-struct Tiling {
-  int panels_per_item;
-  int64_t items_per_head;
-};
-
 inline int max_panels(const ForwardPlan& plan) {
   const size_t floats = static_cast<size_t>(plan.head_dim_qk + plan.head_dim_v + kTile) * kPanelRows;
   return static_cast<int>(std::clamp<size_t>(kMaxPanelFloats / floats, 1, kMaxPanels));
-}
-
-// As many panels per item as fit, because each item packs K and V once for all of them, unless threads would idle.
-inline Tiling make_tiling(const ForwardPlan& plan, int num_threads) {
-  const int64_t num_panels = (plan.q_len * plan.group + kPanelRows - 1) / kPanelRows;
-  const int64_t all_panels = num_panels * plan.num_problems * plan.num_kv_heads;
-  const int64_t wanted_items = num_threads == 1 ? 1 : 4 * num_threads;
-  const int64_t wanted = std::clamp<int64_t>(all_panels / wanted_items, 1, max_panels(plan));
-  const int64_t items_per_head = (num_panels + wanted - 1) / wanted;
-  return {static_cast<int>((num_panels + items_per_head - 1) / items_per_head), items_per_head};
 }
 
 template <class T>
@@ -458,33 +446,31 @@ inline void advance(Operand& operand, int64_t elements) {
   if (operand.data != nullptr) operand.data = static_cast<T*>(operand.data) + elements;
 }
 
-// Points the item's operands at problem `problem` (leading axes and batch) and KV head `kv_head`.
+// Points the item's operands at its problem, KV head and first token.
 template <class Stored>
-void locate(const ForwardPlan& plan, int64_t problem, int64_t kv_head, Item& item) {
+void locate(const ForwardPlan& plan, const WorkItem& work, Item& item) {
   item.q = plan.q, item.k = plan.k, item.v = plan.v, item.out = plan.out, item.lse = plan.lse;
   item.sinks = plan.sinks, item.alibi_slopes = plan.alibi_slopes;
   item.q_segment_ids = plan.q_segment_ids, item.kv_segment_ids = plan.kv_segment_ids;
-  const int64_t batch = problem % plan.batch;
-  std::array<int64_t, kMaxLeadAxes> lead{};
-  for (int64_t axis = plan.num_lead_axes - 1, rest = problem / plan.batch; axis >= 0; --axis) {
-    lead[axis] = rest % plan.lead_sizes[axis];
-    rest /= plan.lead_sizes[axis];
-  }
-  const auto offset = [&](const Operand& operand, int64_t head) {
-    int64_t elements = batch * operand.batch + head * operand.head;
-    for (int axis = 0; axis < plan.num_lead_axes; ++axis) elements += lead[axis] * operand.lead[axis];
-    return elements;
+  if (work.is_outside) item.sinks.data = nullptr;
+  const ProblemIndex index = split_problem(plan, work.problem);
+  const auto offset = [&](const Operand& operand, int64_t head, int64_t token) {
+    return offset_of(plan, operand, index) + head * operand.head + token * operand.token;
   };
-  const int64_t q_head = kv_head * plan.group;
-  advance<Stored>(item.q, offset(item.q, q_head));
-  advance<Stored>(item.k, offset(item.k, kv_head));
-  advance<Stored>(item.v, offset(item.v, kv_head));
-  advance<Stored>(item.out, offset(item.out, q_head));
-  advance<float>(item.lse, offset(item.lse, q_head));
-  advance<float>(item.sinks, offset(item.sinks, q_head));
-  advance<float>(item.alibi_slopes, offset(item.alibi_slopes, q_head));
-  advance<int32_t>(item.q_segment_ids, offset(item.q_segment_ids, 0));
-  advance<int32_t>(item.kv_segment_ids, offset(item.kv_segment_ids, 0));
+  const int64_t q_head = work.kv_head * plan.group;
+  const int64_t query = work.queries.begin;
+  const int64_t key = work.keys.begin;
+  advance<Stored>(item.q, offset(item.q, q_head, query));
+  advance<Stored>(item.k, offset(item.k, work.kv_head, key));
+  advance<Stored>(item.v, offset(item.v, work.kv_head, key));
+  advance<Stored>(item.out, offset(item.out, q_head, query));
+  advance<float>(item.lse, offset(item.lse, q_head, query));
+  advance<float>(item.sinks, offset(item.sinks, q_head, 0));
+  advance<float>(item.alibi_slopes, offset(item.alibi_slopes, q_head, 0));
+  advance<int32_t>(item.q_segment_ids, offset(item.q_segment_ids, 0, query));
+  advance<int32_t>(item.kv_segment_ids, offset(item.kv_segment_ids, 0, key));
+  item.kv_len = work.keys.end - work.keys.begin;
+  item.band = plan.band(work.queries.end - work.queries.begin, item.kv_len);
 }
 
 // Cuts this thread's scratch into the item's buffers, each on a cache line.
@@ -514,8 +500,8 @@ inline size_t carve_scratch(const ForwardPlan& plan, int num_panels, char* base,
 }
 
 // What the panel does in a block: the masks' loop bounds.
-inline BlockKeys keys_in_block(const ForwardPlan& plan, const Item& item, const Panel& panel, Range block) {
-  Range keys = intersect(plan.band.keys_of_any(panel.queries), block);
+inline BlockKeys keys_in_block(const Item& item, const Panel& panel, Range block) {
+  Range keys = intersect(item.band.keys_of_any(panel.queries), block);
   BlockKeys result;
   if (item.kv_segment_ids.data != nullptr && !keys.empty()) {
     const auto* ids = static_cast<const int32_t*>(item.kv_segment_ids.data);
@@ -527,7 +513,7 @@ inline BlockKeys keys_in_block(const ForwardPlan& plan, const Item& item, const 
   if (keys.empty()) return result;
   result.begin = static_cast<int>(keys.begin - block.begin);
   result.end = static_cast<int>(keys.end - block.begin);
-  const Range full = intersect(plan.band.keys_of_all(panel.queries), keys);
+  const Range full = intersect(item.band.keys_of_all(panel.queries), keys);
   const bool has_full = !full.empty() && !result.has_segments;
   result.full_begin = has_full ? static_cast<int>(full.begin - block.begin) : result.end;
   result.full_end = has_full ? static_cast<int>(full.end - block.begin) : result.end;
@@ -542,7 +528,7 @@ void run_block(const ForwardPlan& plan, const Item& item, Range block, Range nex
   int end = 0;
   bool needs_mask = false;
   for (int p = 0; p < item.num_panels; ++p) {
-    keys[p] = keys_in_block(plan, item, item.panels[p], block);
+    keys[p] = keys_in_block(item, item.panels[p], block);
     if (keys[p].empty()) continue;
     begin = std::min(begin, keys[p].begin);
     end = std::max(end, keys[p].end);
@@ -552,11 +538,15 @@ void run_block(const ForwardPlan& plan, const Item& item, Range block, Range nex
   const Range rows = {block.begin + begin, block.begin + end};
   pack_block<Storage>(item.k, rows, plan.head_dim_qk, item.k_block + begin * kRowStride);
   pack_block<Storage>(item.v, rows, plan.head_dim_v, item.v_block + begin * kRowStride);
-  const bool is_v_finite = !needs_mask || is_finite(item.v_block + begin * kRowStride, end - begin, plan.head_dim_v);
+  const bool are_all_finite = !needs_mask || is_finite(item.v_block + begin * kRowStride, end - begin, plan.head_dim_v);
   prefetcher.start(plan, item.k, item.v, next, sizeof(typename Storage::Stored));
   for (int p = 0; p < item.num_panels; ++p) {
     if (keys[p].empty()) continue;
     const Panel& panel = item.panels[p];
+    // Asked again for the panel's own keys, so that a row's result does not depend on which panels share its item.
+    const bool is_v_finite =
+        are_all_finite || !keys[p].needs_mask() ||
+        is_finite(item.v_block + keys[p].begin * kRowStride, keys[p].end - keys[p].begin, plan.head_dim_v);
     if (panel.num_vectors == 1) {
       attend_block<1>(plan, item, panel, block, keys[p], is_v_finite, prefetcher);
     } else if (kVectors > 2 && panel.num_vectors == 3) {
@@ -568,29 +558,22 @@ void run_block(const ForwardPlan& plan, const Item& item, Range block, Range nex
 }
 
 template <class Storage>
-void run_item(const ForwardPlan& plan, const Tiling& tiling, int64_t index) {
-  // Heads one after the other, so that one head's K and V stay in the outer caches; where the right side is masked, a
-  // head's last rows, which see the most keys, first.
-  const int64_t head_index = index / tiling.items_per_head;
-  int64_t row_block = index % tiling.items_per_head;
-  if (plan.band.right != variants::Band::kUnbounded) row_block = tiling.items_per_head - 1 - row_block;
-
+void run_item(const ForwardPlan& plan, const Schedule& schedule, int64_t index) {
+  const WorkItem work = schedule.item(index);
   Item item;
-  locate<typename Storage::Stored>(plan, head_index / plan.num_kv_heads, head_index % plan.num_kv_heads, item);
-  const size_t scratch_bytes = carve_scratch(plan, tiling.panels_per_item, nullptr, nullptr);
-  carve_scratch(plan, tiling.panels_per_item, static_cast<char*>(thread_scratch(scratch_bytes)), &item);
+  locate<typename Storage::Stored>(plan, work, item);
+  const size_t scratch_bytes = carve_scratch(plan, schedule.panels_per_item(), nullptr, nullptr);
+  carve_scratch(plan, schedule.panels_per_item(), static_cast<char*>(thread_scratch(scratch_bytes)), &item);
 
-  const int64_t num_rows = plan.q_len * plan.group;
-  int64_t row = row_block * tiling.panels_per_item * kPanelRows;
-  Range item_keys = {plan.kv_len, 0};
+  Range item_keys = {item.kv_len, 0};
   item.num_panels = 0;
-  for (; item.num_panels < tiling.panels_per_item && row < num_rows; row += kPanelRows) {
+  for (int64_t row = work.rows.begin; row < work.rows.end; row += kPanelRows) {
     Panel& panel = item.panels[item.num_panels++];
     panel.first_row = row;
-    panel.num_rows = static_cast<int>(std::min<int64_t>(kPanelRows, num_rows - row));
+    panel.num_rows = static_cast<int>(std::min<int64_t>(kPanelRows, work.rows.end - row));
     panel.num_vectors = (panel.num_rows + kLanes - 1) / kLanes;
     panel.queries = {row / plan.group, (row + panel.num_rows - 1) / plan.group + 1};
-    const Range keys = intersect(plan.band.keys_of_any(panel.queries), Range{0, plan.kv_len});
+    const Range keys = intersect(item.band.keys_of_any(panel.queries), Range{0, item.kv_len});
     if (keys.empty()) continue;
     item_keys = {std::min(item_keys.begin, keys.begin), std::max(item_keys.end, keys.end)};
   }
@@ -611,12 +594,10 @@ void run_item(const ForwardPlan& plan, const Tiling& tiling, int64_t index) {
 
 template <class Storage>
 void run(const ForwardPlan& plan, int num_threads) {
-  const Tiling tiling = make_tiling(plan, num_threads);
-  const int64_t num_items = tiling.items_per_head * plan.num_problems * plan.num_kv_heads;
+  const Schedule schedule(plan, kPanelRows, max_panels(plan), num_threads);
   // Below some 20 us of work, waking other threads costs more than it gains.
-  const double products = static_cast<double>(plan.num_problems) * plan.num_kv_heads * plan.group * plan.q_len *
-                          plan.kv_len * (plan.head_dim_qk + plan.head_dim_v);
-  parallel_for(num_items, products < 1e6, [&](int64_t index) { run_item<Storage>(plan, tiling, index); });
+  parallel_for(schedule.num_items(), schedule.num_products() < 1e6,
+               [&](int64_t index) { run_item<Storage>(plan, schedule, index); });
 }
 
 void attention_fwd_run(const ForwardPlan& plan, int num_threads) {

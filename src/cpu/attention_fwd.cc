@@ -26,6 +26,10 @@
 // after the first. Rows lie a token apart (4 KB at 8 heads of 128), where hardware prefetchers do not follow, so the
 // next block's rows are prefetched one by one between register tiles. Q, out and lse are touched once.
 //
+// Items. A batch of variable lengths is the same kernel with other items (attention_fwd_schedule.h): sequences are cut
+// into items of about the same work, longer sequences into items of fewer panels, and those with the most work come
+// first. Rows outside every sequence are items without keys.
+//
 // Memory per thread, whatever the lengths: max(512 KiB, one panel of Q^T and O^T) for Q^T and O^T, 2 x 128 x 272 floats
 // for K and V, 128 x 48 floats of scores, 1 KiB of row statistics per panel. At most 512 + 272 + 24 + 8 = 816 KiB plus
 // padding.
@@ -71,9 +75,11 @@ ForwardPlan make_plan(const AttentionProblem& problem, const AttentionForwardArg
   plan.dtype = problem.dtype;
   plan.num_lead_axes = static_cast<int>(problem.lead.size());
   std::copy(problem.lead.begin(), problem.lead.end(), plan.lead_sizes.begin());
-  plan.num_problems = problem.batch;
+  plan.is_varlen = problem.is_varlen;
+  plan.num_sequences = problem.is_varlen ? problem.batch : 0;
+  plan.batch = problem.is_varlen ? 1 : problem.batch;
+  plan.num_problems = plan.batch;
   for (int64_t size : problem.lead) plan.num_problems *= size;
-  plan.batch = problem.batch;
   plan.q_len = problem.q_len;
   plan.kv_len = problem.kv_len;
   plan.num_kv_heads = problem.num_kv_heads;
@@ -82,7 +88,9 @@ ForwardPlan make_plan(const AttentionProblem& problem, const AttentionForwardArg
   plan.head_dim_v = static_cast<int>(problem.head_dim_v);
 
   const int lead = plan.num_lead_axes;
-  const AxisList tokens_by_heads = {&Operand::batch, &Operand::token, &Operand::head, &Operand::dim};
+  const AxisList dense_tokens = {&Operand::batch, &Operand::token, &Operand::head, &Operand::dim};
+  const AxisList varlen_tokens = {&Operand::token, &Operand::head, &Operand::dim};
+  const AxisList tokens_by_heads = problem.is_varlen ? varlen_tokens : dense_tokens;
   plan.q = make_operand(args.q, lead, tokens_by_heads);
   plan.k = make_operand(args.k, lead, tokens_by_heads);
   plan.v = make_operand(args.v, lead, tokens_by_heads);
@@ -91,10 +99,16 @@ ForwardPlan make_plan(const AttentionProblem& problem, const AttentionForwardArg
   plan.alibi_slopes = make_operand(args.alibi_slopes, lead, {&Operand::head});
   plan.q_segment_ids = make_operand(args.q_segment_ids, lead, {&Operand::batch, &Operand::token});
   plan.kv_segment_ids = make_operand(args.kv_segment_ids, lead, {&Operand::batch, &Operand::token});
-  plan.lse = make_operand(args.lse, lead, {&Operand::batch, &Operand::head, &Operand::token});
+  plan.cu_seqlens_q = make_operand(args.cu_seqlens_q, lead, {&Operand::token});
+  plan.cu_seqlens_k = make_operand(args.cu_seqlens_k, lead, {&Operand::token});
+  plan.seqused_k = make_operand(args.seqused_k, lead, {&Operand::token});
+  const AxisList dense_rows = {&Operand::batch, &Operand::head, &Operand::token};
+  const AxisList varlen_rows = {&Operand::head, &Operand::token};
+  plan.lse = make_operand(args.lse, lead, problem.is_varlen ? varlen_rows : dense_rows);
 
-  plan.band = variants::make_band(problem.q_len, problem.kv_len, problem.window_left, problem.window_right,
-                                  problem.causal_align == CausalAlign::kBottomRight);
+  plan.window_left = problem.window_left;
+  plan.window_right = problem.window_right;
+  plan.is_bottom_right = problem.causal_align == CausalAlign::kBottomRight;
   plan.scale = std::abs(problem.softmax_scale);
   plan.negates_q = problem.softmax_scale < 0.0;
   // Beyond 1e30 a cap changes no float32 score that it does not flush to zero in the division. Below the smallest

@@ -7,22 +7,23 @@
 namespace heed::variants {
 
 // The end of a row: its output is the accumulated one over `divisor`, its lse is top + log(total).
+template <class Real>
 struct RowEnd {
-  double divisor;
-  double top;
-  double total;
+  Real divisor;
+  Real top;
+  Real total;
 };
 
 // `max`: the row's largest score in natural units, -inf if every key is masked. `sum`: sum of exp(score - max).
-// `exp` is the double precision function. Infinite and NaN sinks follow IEEE arithmetic.
-template <class Exp>
-HEED_HOST_DEVICE inline RowEnd finish_row(double max, double sum, bool has_sink, double sink, const Exp& exp) {
-  if (sum == 0.0 && (!has_sink || sink == max)) return {1.0, max, 1.0};  // no visible key (and a sink of -inf, if any)
+// Real: double, or float on a GPU; `exp` is that type's function. Infinite and NaN sinks follow IEEE arithmetic.
+template <class Real, class Exp>
+HEED_HOST_DEVICE inline RowEnd<Real> finish_row(Real max, Real sum, bool has_sink, Real sink, const Exp& exp) {
+  if (sum == 0 && (!has_sink || sink == max)) return {1, max, 1};  // no visible key (and a sink of -inf, if any)
   if (!has_sink) return {sum, max, sum};
   // The larger of both is taken out of the exponentials, so that neither overflows.
-  const double top = sink > max ? sink : max;
-  const double shrink = max == top ? 1.0 : exp(max - top);
-  const double total = sum * shrink + exp(sink - top);
+  const Real top = sink > max ? sink : max;
+  const Real shrink = max == top ? 1 : exp(max - top);
+  const Real total = sum * shrink + exp(sink - top);
   return {total / shrink, top, total};  // with a sink far above every score the divisor is infinite, the output 0
 }
 
