@@ -10,26 +10,30 @@
 #include "core/dtype.h"
 #include "core/text_table.h"
 #include "cpu/attention_fwd.h"
+#include "cuda/device_target.h"
+#include "cuda/jit/jit.h"
+#include "cuda/sm80_attention_fwd.h"
 
 namespace heed {
 namespace {
 
-// The GPU families have a row each, so that a caller learns why they do not serve; this build contains none of them.
-std::string gpu_declines(const Target& target, const char* needed) {
-  if (target.is_cpu) return "needs " + std::string(needed) + ", and the target is cpu";
-  return "this version of heed has no GPU kernels";
-}
+// The Hopper family has a row already, so that a caller learns why it does not serve; this build does not contain it.
 std::string sm90_declines(const AttentionProblem& /*problem*/, const Target& target) {
-  return gpu_declines(target, "an NVIDIA Hopper GPU (sm_90a)");
+  if (target.is_cpu || (target.sm != 0 && target.sm != 90)) {
+    return "needs an NVIDIA Hopper GPU (sm_90a), and the target is " + target.name;
+  }
+  return "this version of heed has no kernels for Hopper alone";
 }
-std::string sm80_declines(const AttentionProblem& /*problem*/, const Target& target) {
-  return gpu_declines(target, "an NVIDIA GPU (sm_80 or newer)");
+
+void run_on_cpu(const AttentionProblem& problem, const AttentionForwardArgs& args, void* /*prepared*/) {
+  cpu::attention_fwd(problem, args);
 }
 
 constexpr AttentionFwdKernel kKernels[] = {
     {"sm90_attention_fwd", Backend::kSm90, "sm90", sm90_declines, nullptr},
-    {"sm80_attention_fwd", Backend::kSm80, "sm80", sm80_declines, nullptr},
-    {"cpu_attention_fwd", Backend::kCpu, "cpu", cpu::attention_fwd_declines, cpu::attention_fwd},
+    {"sm80_attention_fwd", Backend::kSm80, "sm80", cuda::sm80_attention_fwd_declines, cuda::sm80_attention_fwd,
+     cuda::prepare_sm80_attention_fwd, cuda::load_sm80_attention_fwd},
+    {"cpu_attention_fwd", Backend::kCpu, "cpu", cpu::attention_fwd_declines, run_on_cpu},
 };
 
 const TensorView& operand(const AttentionForwardArgs& args, int index) {
@@ -142,6 +146,14 @@ const AttentionFwdKernel* require_kernel(const AttentionFwdResolution& resolutio
   throw UnsupportedError(message + "\n  problem: " + to_text(request), resolution.candidates);
 }
 
+PreparedAttentionFwd prepare(const AttentionRequest& request, const Target& target) {
+  PreparedAttentionFwd prepared;
+  prepared.problem = validate(request);
+  prepared.kernel = require_kernel(resolve(prepared.problem, target), request, target);
+  if (prepared.kernel->prepare != nullptr) prepared.state = prepared.kernel->prepare(prepared.problem);
+  return prepared;
+}
+
 }  // namespace
 
 AttentionFwdResolution resolve(const AttentionProblem& problem, const Target& target) {
@@ -149,31 +161,38 @@ AttentionFwdResolution resolve(const AttentionProblem& problem, const Target& ta
 }
 
 std::shared_ptr<const PreparedAttentionFwd> prepare_attention_fwd(std::string_view text, const Target& target) {
-  // One for the CPU, one for GPUs. Never destroyed: other threads may still compute while the process ends.
+  // One for the CPU, one for GPUs, which are alike in one process. Never destroyed: other threads may still compute
+  // while the process ends.
   static auto* const tables = new TextTable<PreparedAttentionFwd>[2];
   TextTable<PreparedAttentionFwd>& table = tables[target.is_cpu ? 0 : 1];
   if (std::shared_ptr<const PreparedAttentionFwd> known = table.find(text)) return known;
-  const AttentionRequest request = parse_attention_request(text);
-  PreparedAttentionFwd prepared{validate(request), nullptr};
-  prepared.kernel = require_kernel(resolve(prepared.problem, target), request, target);
-  return table.insert(text, std::make_shared<const PreparedAttentionFwd>(std::move(prepared)));
+  return table.insert(text,
+                      std::make_shared<const PreparedAttentionFwd>(prepare(parse_attention_request(text), target)));
+}
+
+void load_attention_fwd(const PreparedAttentionFwd& prepared, int device) {
+  if (prepared.kernel->load != nullptr) prepared.kernel->load(prepared.problem, prepared.state.get(), device);
 }
 
 void run_attention_fwd(const PreparedAttentionFwd& prepared, const AttentionForwardArgs& args) {
   check_views(prepared.problem, args);
-  prepared.kernel->run(prepared.problem, args);
+  prepared.kernel->run(prepared.problem, args, prepared.state.get());
 }
 
 void attention_forward(const AttentionForwardArgs& args, const AttentionOptions& options) {
-  // 1. Validate.
-  const AttentionRequest request = make_request(args, options);
-  PreparedAttentionFwd prepared{validate(request), nullptr};
-  // 2. Resolve.
-  const Target target = parse_target(args.q.device.type == DeviceType::kCpu ? "cpu" : "cuda");
-  prepared.kernel = require_kernel(resolve(prepared.problem, target), request, target);
-  // 3. Plan: the CPU kernel derives its work items from the problem alone and needs no workspace.
+  // 1. Validate, 2. resolve, 3. plan: the CPU kernel derives its work items from the problem alone, GPU kernels their
+  // parameters; neither needs workspace.
+  const bool is_cpu = args.q.device.type == DeviceType::kCpu;
+  const int device = args.q.device.index;
+  const PreparedAttentionFwd prepared =
+      prepare(make_request(args, options), is_cpu ? parse_target("cpu") : cuda_target(device));
   // 4. Launch.
-  run_attention_fwd(prepared, args);
+  if (is_cpu) {
+    run_attention_fwd(prepared, args);
+  } else {
+    const cuda::DeviceScope scope(device);  // the default stream is that of the current context
+    run_attention_fwd(prepared, args);
+  }
 }
 
 }  // namespace heed

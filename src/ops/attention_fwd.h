@@ -21,19 +21,33 @@ HEED_API AttentionFwdResolution resolve(const AttentionProblem& problem, const T
 // The views of the inputs, in the order of AttentionOperand.
 using AttentionInputs = std::array<TensorView*, kNumAttentionInputs>;
 inline AttentionInputs inputs_of(AttentionForwardArgs& args) {
-  return {&args.q, &args.k, &args.v, &args.sinks, &args.alibi_slopes, &args.q_segment_ids, &args.kv_segment_ids};
+  return {&args.q,
+          &args.k,
+          &args.v,
+          &args.sinks,
+          &args.alibi_slopes,
+          &args.q_segment_ids,
+          &args.kv_segment_ids,
+          &args.cu_seqlens_q,
+          &args.cu_seqlens_k,
+          &args.seqused_k};
 }
 
 // A problem with the kernel that serves it: what a compiled program's text stands for.
 struct PreparedAttentionFwd {
   AttentionProblem problem;
-  const AttentionFwdKernel* kernel;
+  const AttentionFwdKernel* kernel = nullptr;
+  std::shared_ptr<void> state;  // the kernel's own
 };
 
 // Parses, validates and resolves the text, or finds it among those seen before: one lock-free lookup by the text's
 // bytes. Throws what validation throws, and UnsupportedError. The table keeps a bounded number of texts; past that a
 // text is prepared anew at each call.
 HEED_API std::shared_ptr<const PreparedAttentionFwd> prepare_attention_fwd(std::string_view text, const Target& target);
+
+// Makes the kernel ready on CUDA's device of that ordinal: compiles it if need be, and loads it. Idempotent. Throws
+// std::runtime_error. Kernels of the CPU need nothing.
+HEED_API void load_attention_fwd(const PreparedAttentionFwd& prepared, int device);
 
 // Checks the views against the problem (shapes, dtypes, memory) and runs the kernel.
 HEED_API void run_attention_fwd(const PreparedAttentionFwd& prepared, const AttentionForwardArgs& args);

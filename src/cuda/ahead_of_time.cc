@@ -1,0 +1,19 @@
+// The ahead-of-time list, family by family.
+#include "cuda/ahead_of_time.h"
+
+#include <utility>
+
+#include "cuda/jit/sources.h"
+#include "cuda/sm80_attention_fwd.h"
+
+namespace heed::cuda {
+
+std::vector<KernelSpec> ahead_of_time_list(const std::string& arch) {
+  check_arch(arch);
+  std::vector<KernelSpec> list;
+  list.push_back({"probe", "Probe<256>"});  // what `python -m heed doctor` launches
+  for (KernelSpec& spec : sm80_attention_fwd_common_specs()) list.push_back(std::move(spec));
+  return list;
+}
+
+}  // namespace heed::cuda
