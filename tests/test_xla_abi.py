@@ -15,13 +15,23 @@ ROOT = Path(__file__).resolve().parents[1]
 STRUCTS = {
     "ApiVersion": ("XLA_FFI_Api_Version", {"major_version": "major_version", "minor_version": "minor_version"}),
     "ErrorCreateArgs": ("XLA_FFI_Error_Create_Args", {"message": "message", "code": "errc"}),
-    "Api": ("XLA_FFI_Api", {"version": "api_version", "create_error": "XLA_FFI_Error_Create"}),
+    "StreamGetArgs": ("XLA_FFI_Stream_Get_Args", {"context": "ctx", "stream": "stream"}),
+    "DeviceOrdinalGetArgs": ("XLA_FFI_DeviceOrdinal_Get_Args", {"context": "ctx", "device_ordinal": "device_ordinal"}),
+    "Api": (
+        "XLA_FFI_Api",
+        {
+            "version": "api_version",
+            "create_error": "XLA_FFI_Error_Create",
+            "get_stream": "XLA_FFI_Stream_Get",
+            "get_device_ordinal": "XLA_FFI_DeviceOrdinal_Get",
+        },
+    ),
     "Buffer": ("XLA_FFI_Buffer", {"dtype": "dtype", "data": "data", "rank": "rank", "dims": "dims"}),
     "ByteSpan": ("XLA_FFI_ByteSpan", {"data": "ptr", "size": "len"}),
     "Attributes": ("XLA_FFI_Attrs", {"size": "size", "types": "types", "names": "names", "values": "attrs"}),
     "CallFrame": (
         "XLA_FFI_CallFrame",
-        {"api": "api", "stage": "stage", "args": "args", "rets": "rets", "attrs": "attrs"},
+        {"api": "api", "context": "ctx", "stage": "stage", "args": "args", "rets": "rets", "attrs": "attrs"},
     ),
     "Metadata": (
         "XLA_FFI_Metadata",
@@ -44,6 +54,8 @@ VALUES = {
     "kBF16": "XLA_FFI_DataType_BF16",
     "kStringAttr": "XLA_FFI_AttrType_STRING",
     "kCommandBufferCompatible": "XLA_FFI_HANDLER_TRAITS_COMMAND_BUFFER_COMPATIBLE",
+    "kInitialize": "XLA_FFI_ExecutionStage_INITIALIZE",
+    "kExecute": "XLA_FFI_ExecutionStage_EXECUTE",
     "kApiMajor": "XLA_FFI_API_MAJOR",
 }
 

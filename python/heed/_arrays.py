@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import tvm_ffi
 
+from heed._lib import function
 from heed._problem import Spec
 
 
@@ -86,16 +87,58 @@ def numpy_view(array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     return np.ndarray(array.shape, dtype, memory, offset, strides)
 
 
+@functools.cache
+def _torch_dtype_name(dtype: Any) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+@functools.cache
+def _cuda_target(index: int) -> str:
+    return str(function("cuda_target")(index))
+
+
+@functools.cache
+def _cuda_device(index: int) -> Any:
+    return tvm_ffi.device("cuda", index)
+
+
 class DLPackOps:
-    """What the eager path needs of one kind of array: dtype and shape, a view for the library, and new arrays."""
+    """What the eager path needs of one kind of array: dtype and shape, a view for the library, new arrays, and to run.
+
+    `like` is an array of the call: everything happens where it is. PyTorch's and CuPy's functions allocate outputs, and
+    their current stream of the device is the one that a call runs on.
+    """
 
     def __init__(self, kind: str, like: Any) -> None:
         self.kind = kind
         self.like = like
 
-    def spec(self, name: str, value: Any) -> Spec:
+    @functools.cached_property
+    def cuda_index(self) -> int | None:
+        """CUDA's ordinal of the device of `like`; None on the CPU."""
         if self.kind == "numpy":
+            return None
+        if self.kind == "torch":
+            device = self.like.device
+            if device.type not in ("cpu", "cuda"):
+                raise TypeError(f"q: got a tensor on device {device}, expected the CPU or a CUDA GPU")
+            return None if device.type == "cpu" else int(device.index)
+        device_type, index = map(int, self.like.__dlpack_device__())
+        if device_type == tvm_ffi.DLDeviceType.kDLCPU:
+            return None
+        if device_type not in (tvm_ffi.DLDeviceType.kDLCUDA, tvm_ffi.DLDeviceType.kDLCUDAManaged):
+            raise TypeError(f"q: got an array on DLPack device type {device_type}, expected the CPU or a CUDA GPU")
+        return index
+
+    def target(self) -> str:
+        """Where a call on these arrays runs: "cpu", or the GPU's architecture."""
+        return "cpu" if self.cuda_index is None else _cuda_target(self.cuda_index)
+
+    def spec(self, name: str, value: Any) -> Spec:
+        if self.kind == "numpy" or self.kind == "cupy":
             return numpy_spec(name, value)
+        if self.kind == "torch":
+            return _torch_dtype_name(value.dtype), tuple(value.shape)
         tensor = self.view(value, name)
         return str(tensor.dtype), tuple(tensor.shape)
 
@@ -106,27 +149,14 @@ class DLPackOps:
             raise TypeError(
                 f"{name}: got a tensor that requires grad, expected value.detach(): heed has no torch autograd"
             )
+        if self.kind == "torch" and value.is_neg():  # memory that holds the numbers' negatives, which DLPack cannot say
+            value = value.resolve_neg()
         try:
-            return tvm_ffi.from_dlpack(value)
+            return tvm_ffi.from_dlpack(_cupy_capsule(value) if self.kind == "cupy" else value)
         except (BufferError, RuntimeError, TypeError, ValueError) as error:
             raise TypeError(
                 f"{name}: got an array that DLPack cannot share, expected one that it can: {error}"
             ) from None
-
-    def target(self) -> str:
-        """Where a call on these arrays runs: "cpu", or the GPU's architecture."""
-        if self.kind == "numpy":
-            return "cpu"
-        device_type, index = self.like.__dlpack_device__()
-        if int(device_type) == tvm_ffi.DLDeviceType.kDLCPU:
-            return "cpu"
-        if int(device_type) != tvm_ffi.DLDeviceType.kDLCUDA:
-            raise TypeError(f"q: got an array on DLPack device type {int(device_type)}, expected the CPU or a CUDA GPU")
-        if self.kind == "torch":
-            torch = sys.modules["torch"]
-            major, minor = torch.cuda.get_device_capability(index)
-            return f"sm_{major}{minor}"
-        return "cuda"
 
     def empty(self, shape: tuple[int, ...], dtype: str) -> Any:
         """A new array of this kind on the device of the inputs. Kinds that cannot make arrays get NumPy's."""
@@ -134,17 +164,41 @@ class DLPackOps:
             torch = sys.modules["torch"]
             return torch.empty(shape, dtype=getattr(torch, dtype), device=self.like.device)
         is_same = self.spec("q", self.like)[0] == dtype
+        if self.kind == "cupy":
+            cupy = sys.modules["cupy"]
+            with self.like.device:
+                return cupy.empty(shape, dtype=self.like.dtype if is_same else getattr(cupy, dtype))
         namespace = getattr(self.like, "__array_namespace__", None)
         if self.kind != "numpy" and namespace is not None:
             xp = namespace()
             return xp.empty(shape, dtype=self.like.dtype if is_same else getattr(xp, dtype), device=self.like.device)
+        if self.cuda_index is not None:
+            raise TypeError(
+                f"q: got an array of {self.kind} on a GPU, expected one of JAX, PyTorch or CuPy, or one with "
+                "__array_namespace__: heed allocates outputs with the library of its inputs"
+            )
         return np.empty(shape, self.like.dtype if is_same and self.kind == "numpy" else dtype)
 
     def view_out(self, value: Any) -> Any:
-        return numpy_view(value) if isinstance(value, np.ndarray) else tvm_ffi.from_dlpack(value)
+        return numpy_view(value) if isinstance(value, np.ndarray) else self.view(value, "out")
+
+    def run(self, name: str, text: str, *views: Any) -> None:
+        """Calls the native function on the views, on the current stream of the arrays' library."""
+        if self.cuda_index is None:
+            function(name)(text, *views)
+            return
+        if self.kind == "torch":
+            stream = sys.modules["torch"].cuda.current_stream(self.cuda_index).cuda_stream
+        elif self.kind == "cupy":
+            with self.like.device:
+                stream = sys.modules["cupy"].cuda.get_current_stream().ptr
+        else:  # DLPack made the memory ready for the default stream
+            stream = 0
+        with tvm_ffi.use_raw_stream(_cuda_device(self.cuda_index), stream):
+            function(name)(text, *views)
 
     def to_int32(self, name: str, value: Any) -> Any:
-        """Integer arrays of any width as int32. NumPy values are checked; other kinds wrap as their own cast does."""
+        """Integer arrays of any width as int32. NumPy values are checked; other kinds clamp to what int32 holds."""
         if self.kind == "numpy":
             return numpy_to_int32(name, value)
         dtype = self.spec(name, value)[0]
@@ -152,9 +206,23 @@ class DLPackOps:
             return value
         if not dtype.startswith(("int", "uint")):
             raise TypeError(f"{name}: got dtype {dtype}, expected an integer dtype")
+        is_wide = dtype in ("int64", "uint32", "uint64")
+        limits = np.iinfo(np.int32)
         if self.kind == "torch":
-            return value.to(sys.modules["torch"].int32)
+            torch = sys.modules["torch"]
+            value = value.to(torch.int64).clamp(limits.min, limits.max) if is_wide else value
+            return value.to(torch.int32)
+        if self.kind == "cupy":
+            with value.device:
+                value = value.clip(0 if dtype[0] == "u" else limits.min, limits.max) if is_wide else value
+                return value.astype(np.int32)
         return value.astype("int32") if hasattr(value, "astype") else numpy_to_int32(name, np.from_dlpack(value))
+
+
+def _cupy_capsule(array: Any) -> Any:
+    """DLPack's view of a CuPy array without any synchronisation. bfloat16 travels as its bits."""
+    bits = array.view(np.uint16) if _dtype_name(array.dtype) == "bfloat16" else array
+    return bits.__dlpack__(stream=-1)
 
 
 def numpy_to_int32(name: str, array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:

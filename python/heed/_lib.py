@@ -34,7 +34,9 @@ def module() -> Any:
             f"heed's native library is missing: {path} does not exist. Install heed's wheel, or build it with "
             "`pip install .` (a folder chosen with HEED_LIB_DIR must hold libheed.so and libheed_ffi.so)."
         )
-    return tvm_ffi.load_module(str(path))
+    loaded = tvm_ffi.load_module(str(path))
+    loaded.jit_set_site_dirs([entry for entry in sys.path if entry])  # where the nvidia-cuda-nvrtc wheel may be
+    return loaded
 
 
 @functools.cache

@@ -3,6 +3,7 @@
 #include <dlpack/dlpack.h>
 #include <tvm/ffi/container/array.h>
 #include <tvm/ffi/container/map.h>
+#include <tvm/ffi/extra/c_env_api.h>
 #include <tvm/ffi/tvm_ffi.h>
 
 #include <string>
@@ -10,6 +11,8 @@
 #include <vector>
 
 #include "core/dtype.h"
+#include "cuda/device_target.h"
+#include "cuda/jit/jit.h"
 #include "ops/attention_fwd.h"
 
 namespace {
@@ -74,6 +77,10 @@ const DLTensor* tensor_argument(const TVMFFIAny& argument, std::string_view name
   throw heed::TypeError(std::string(name) + ": got no tensor, expected a DLPack tensor");
 }
 
+bool is_on_cuda(const DLTensor& tensor) {
+  return tensor.device.device_type == kDLCUDA || tensor.device.device_type == kDLCUDAManaged;
+}
+
 heed::TensorView view_argument(const TVMFFIAny& argument, heed::DType expected, std::string_view name) {
   const DLTensor* tensor = tensor_argument(argument, name);
   if (tensor->ndim < 0 || tensor->ndim > heed::kMaxRank) {
@@ -91,7 +98,7 @@ heed::TensorView view_argument(const TVMFFIAny& argument, heed::DType expected, 
     contiguous_stride *= static_cast<uint64_t>(tensor->shape[i]);
   }
   const bool is_cpu = tensor->device.device_type == kDLCPU;
-  const bool is_cuda = tensor->device.device_type == kDLCUDA;
+  const bool is_cuda = is_on_cuda(*tensor);
   if (!is_cpu && !is_cuda) {
     throw heed::ValueError(std::string(name) + ": got DLPack device type " +
                            std::to_string(tensor->device.device_type) + ", expected a CPU or CUDA tensor");
@@ -100,16 +107,8 @@ heed::TensorView view_argument(const TVMFFIAny& argument, heed::DType expected, 
   return view;
 }
 
-// attention_fwd(problem, *inputs, *outputs): the operands that the problem's text names, in its order, then out[, lse].
-void attention_fwd(const TVMFFIAny* args, int32_t num_args) {
-  if (num_args < 2) throw heed::TypeError("attention_fwd: got too few arguments, expected a problem and its tensors");
-  const std::string_view text = string_argument(args[0], "problem");
-  static const heed::Target kCpuTarget = heed::parse_target("cpu");
-  static const heed::Target kCudaTarget = heed::parse_target("cuda");
-  const auto prepared = heed::prepare_attention_fwd(
-      text, tensor_argument(args[1], "q")->device.device_type == kDLCPU ? kCpuTarget : kCudaTarget);
-  const heed::AttentionProblem& problem = prepared->problem;
-
+heed::AttentionForwardArgs attention_views(const heed::AttentionProblem& problem, const TVMFFIAny* args,
+                                           int32_t num_args) {
   const int num_expected = 1 + problem.num_inputs() + problem.num_outputs();
   if (num_args != num_expected) {
     throw heed::TypeError("attention_fwd: got " + std::to_string(num_args) + " arguments, expected " +
@@ -125,7 +124,33 @@ void attention_fwd(const TVMFFIAny* args, int32_t num_args) {
   }
   views.out = view_argument(args[next++], problem.dtype, "out");
   if (problem.wants_lse) views.lse = view_argument(args[next++], heed::DType::kFloat32, "lse");
+  return views;
+}
+
+// attention_fwd(problem, *inputs, *outputs): the operands that the problem's text names, in its order, then out[, lse].
+// On a GPU it runs on the stream that TVM-FFI holds for q's device. The first such call loads its kernel there.
+void attention_fwd(const TVMFFIAny* args, int32_t num_args) {
+  if (num_args < 2) throw heed::TypeError("attention_fwd: got too few arguments, expected a problem and its tensors");
+  const std::string_view text = string_argument(args[0], "problem");
+  const DLTensor& q = *tensor_argument(args[1], "q");
+  if (!is_on_cuda(q)) {
+    static const heed::Target kTarget = heed::parse_target("cpu");
+    const auto prepared = heed::prepare_attention_fwd(text, kTarget);
+    heed::run_attention_fwd(*prepared, attention_views(prepared->problem, args, num_args));
+    return;
+  }
+  const int device = q.device.device_id;
+  const auto prepared = heed::prepare_attention_fwd(text, heed::cuda_target(device));
+  heed::AttentionForwardArgs views = attention_views(prepared->problem, args, num_args);
+  views.stream = TVMFFIEnvGetStream(kDLCUDA, device);
+  const heed::cuda::DeviceScope scope(device);  // the default stream is that of the current context
   heed::run_attention_fwd(*prepared, views);
+}
+
+// attention_fwd_load(problem, device): makes the problem's kernel ready on CUDA's device of that ordinal.
+void attention_fwd_load(std::string_view text, int64_t device) {
+  const int ordinal = static_cast<int>(device);
+  heed::load_attention_fwd(*heed::prepare_attention_fwd(text, heed::cuda_target(ordinal)), ordinal);
 }
 
 ffi::Array<int64_t> to_array(const std::vector<int64_t>& values) { return {values.begin(), values.end()}; }
@@ -171,9 +196,22 @@ TVM_FFI_DLL_EXPORT int __tvm_ffi_attention_fwd_resolve(void* /*self*/, const TVM
   });
 }
 
+TVM_FFI_DLL_EXPORT int __tvm_ffi_attention_fwd_load(void* /*self*/, const TVMFFIAny* args, int32_t num_args,
+                                                    TVMFFIAny* /*result*/) {
+  return guarded([&] {
+    if (num_args != 2 || args[1].type_index != kTVMFFIInt) {
+      throw heed::TypeError("attention_fwd_load: expected a problem and a device's ordinal");
+    }
+    attention_fwd_load(string_argument(args[0], "problem"), args[1].v_int64);
+  });
+}
+
 }  // extern "C"
 
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(version, [] { return ffi::String(heed::version()); })
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(cpu_target, [] { return ffi::String(heed::cpu_target()); })
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(cpu_targets, cpu_targets)
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(cuda_target, [](int64_t device) {
+  return ffi::String(heed::cuda_target(static_cast<int>(device)).name);
+})
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(num_threads, [] { return static_cast<int64_t>(heed::num_threads()); })

@@ -39,13 +39,31 @@ struct ErrorCreateArgs {
   ErrorCode code;
 };
 
+struct StreamGetArgs {
+  size_t struct_size;
+  Extension* extensions;
+  void* context;
+  void* stream;  // out: a CUstream
+};
+
+struct DeviceOrdinalGetArgs {
+  size_t struct_size;
+  Extension* extensions;
+  void* context;
+  int32_t device_ordinal;  // out: CUDA's ordinal of the device that the program runs on
+};
+
 struct Api {
   size_t struct_size;
   Extension* extensions;
   ApiVersion version;
   const void* internal_api;
   Error* (*create_error)(ErrorCreateArgs*);
-  // More functions follow.
+  void* skipped_1[3];
+  Error* (*get_stream)(StreamGetArgs*);
+  void* skipped_2[12];
+  Error* (*get_device_ordinal)(DeviceOrdinalGetArgs*);
+  // More functions may follow.
 };
 
 enum DataType : int { kS32 = 4, kF16 = 10, kF32 = 11, kBF16 = 16 };
@@ -84,12 +102,15 @@ struct Attributes {
   void** values;     // [size]: a ByteSpan where the type is a string
 };
 
+// Before each run of a program that holds the call, and for each run of the call (or once, to capture it).
+enum Stage : int { kInitialize = 2, kExecute = 3 };
+
 struct CallFrame {
   size_t struct_size;
   Extension* extensions;
   const Api* api;
   void* context;
-  int stage;
+  Stage stage;
   Tensors args;
   Tensors rets;
   Attributes attrs;

@@ -1,12 +1,17 @@
-// The XLA custom call "heed.attention_fwd.v1": a handler on XLA's C ABI, which JAX registers by address. It reads the
-// problem's text in place.
+// The XLA custom call "heed.attention_fwd.v1": handlers on XLA's C ABI for the CPU and for CUDA, which JAX registers by
+// address. They read the problem's text in place.
 //
-// It does not go through jax_tvm_ffi: up to 0.1.3 that frees string attributes of more than 7 bytes before it calls the
+// They do not go through jax_tvm_ffi: up to 0.1.3 that frees string attributes of more than 7 bytes before it calls the
 // function that reads them.
+//
+// On CUDA a call has two stages. Before every run of a program XLA initialises its calls, never while it captures a
+// CUDA graph: a program from another process finds its kernel there, and may compile and load it. To execute is to
+// launch.
 #include <string>
 #include <string_view>
 
 #include "core/dtype.h"
+#include "cuda/device_target.h"
 #include "ffi/xla_abi.h"
 #include "ops/attention_fwd.h"
 
@@ -26,6 +31,15 @@ bool answers_metadata(xla::Extension* extension) {
   metadata.api_version = {sizeof(xla::ApiVersion), nullptr, xla::kApiMajor, xla::kApiMinor};
   metadata.traits = xla::kCommandBufferCompatible;
   return true;
+}
+
+// An error of XLA's own, to be handed back to it.
+struct XlaError {
+  xla::Error* error;
+};
+
+void check(xla::Error* error) {
+  if (error != nullptr) throw XlaError{error};
 }
 
 std::string_view string_attribute(const xla::Attributes& attributes, std::string_view name) {
@@ -54,11 +68,12 @@ heed::DType dtype_of(xla::DataType dtype) {
 }
 
 // XLA's buffers are row-major: the call asks for those layouts.
-heed::TensorView view_of(const void* pointer) {
+heed::TensorView view_of(const void* pointer, heed::Device device) {
   const auto& buffer = *static_cast<const xla::Buffer*>(pointer);
   if (buffer.rank > heed::kMaxRank) throw heed::ValueError("heed.attention_fwd.v1: got rank above kMaxRank");
   heed::TensorView view;
   view.data = buffer.data;
+  view.device = device;
   view.dtype = dtype_of(buffer.dtype);
   view.rank = static_cast<int32_t>(buffer.rank);
   int64_t stride = 1;
@@ -70,10 +85,8 @@ heed::TensorView view_of(const void* pointer) {
   return view;
 }
 
-void run(const xla::CallFrame& frame) {
-  static const heed::Target kTarget = heed::parse_target("cpu");
-  const auto prepared = heed::prepare_attention_fwd(string_attribute(frame.attrs, "problem"), kTarget);
-  const heed::AttentionProblem& problem = prepared->problem;
+heed::AttentionForwardArgs args_of(const xla::CallFrame& frame, const heed::AttentionProblem& problem,
+                                   heed::Device device) {
   if (frame.args.size != problem.num_inputs() || frame.rets.size != problem.num_outputs()) {
     throw heed::TypeError("heed.attention_fwd.v1: the call's operands or results are not those of its problem");
   }
@@ -81,20 +94,52 @@ void run(const xla::CallFrame& frame) {
   const heed::AttentionInputs inputs = heed::inputs_of(args);
   int64_t next = 0;
   for (int i = 0; i < heed::kNumAttentionInputs; ++i) {
-    if (problem.operands[i].present) *inputs[i] = view_of(frame.args.tensors[next++]);
+    if (problem.operands[i].present) *inputs[i] = view_of(frame.args.tensors[next++], device);
   }
-  args.out = view_of(frame.rets.tensors[0]);
-  if (problem.wants_lse) args.lse = view_of(frame.rets.tensors[1]);
+  args.out = view_of(frame.rets.tensors[0], device);
+  if (problem.wants_lse) args.lse = view_of(frame.rets.tensors[1], device);
+  return args;
+}
+
+void run_on_cpu(const xla::CallFrame& frame) {
+  static const heed::Target kTarget = heed::parse_target("cpu");
+  const auto prepared = heed::prepare_attention_fwd(string_attribute(frame.attrs, "problem"), kTarget);
+  heed::run_attention_fwd(*prepared, args_of(frame, prepared->problem, {}));
+}
+
+int cuda_device_of(const xla::CallFrame& frame) {
+  xla::DeviceOrdinalGetArgs args{sizeof(xla::DeviceOrdinalGetArgs), nullptr, frame.context, -1};
+  check(frame.api->get_device_ordinal(&args));
+  return args.device_ordinal;
+}
+
+void* cuda_stream_of(const xla::CallFrame& frame) {
+  xla::StreamGetArgs args{sizeof(xla::StreamGetArgs), nullptr, frame.context, nullptr};
+  check(frame.api->get_stream(&args));
+  return args.stream;
+}
+
+void run_on_cuda(const xla::CallFrame& frame) {
+  const int device = cuda_device_of(frame);
+  const auto prepared =
+      heed::prepare_attention_fwd(string_attribute(frame.attrs, "problem"), heed::cuda_target(device));
+  if (frame.stage == xla::kInitialize) {
+    heed::load_attention_fwd(*prepared, device);
+    return;
+  }
+  heed::AttentionForwardArgs args = args_of(frame, prepared->problem, {heed::DeviceType::kCuda, device});
+  args.stream = cuda_stream_of(frame);
   heed::run_attention_fwd(*prepared, args);
 }
 
-}  // namespace
-
-extern "C" HEED_API xla::Error* heed_xla_attention_fwd(xla::CallFrame* frame) {
+// Runs `body` unless XLA only asks for metadata. C++ errors become XLA's.
+xla::Error* handle(xla::CallFrame* frame, void (*body)(const xla::CallFrame&)) {
   if (answers_metadata(frame->extensions)) return nullptr;
   try {
-    run(*frame);
+    body(*frame);
     return nullptr;
+  } catch (const XlaError& error) {
+    return error.error;
   } catch (const heed::UnsupportedError& error) {
     return make_error(frame->api, xla::kUnimplemented, error.what());
   } catch (const heed::ValueError& error) {
@@ -106,4 +151,13 @@ extern "C" HEED_API xla::Error* heed_xla_attention_fwd(xla::CallFrame* frame) {
   } catch (...) {
     return make_error(frame->api, xla::kInternal, "heed.attention_fwd.v1: unknown exception");
   }
+}
+
+}  // namespace
+
+extern "C" HEED_API xla::Error* heed_xla_attention_fwd(xla::CallFrame* frame) { return handle(frame, run_on_cpu); }
+
+// For both stages.
+extern "C" HEED_API xla::Error* heed_xla_attention_fwd_cuda(xla::CallFrame* frame) {
+  return handle(frame, run_on_cuda);
 }

@@ -4,9 +4,11 @@
 #include <cmath>
 #include <limits>
 #include <random>
+#include <stdexcept>
 #include <vector>
 
 #include "attention_oracle.h"
+#include "cuda/jit/jit.h"
 #include "heed/heed.h"
 
 namespace heed {
@@ -149,12 +151,23 @@ TEST(AttentionForward, OutputsWhoseElementsShareMemoryAreRefused) {
   EXPECT_EQ(padded[7], problem.out[3 * 8 + 7]);
 }
 
-TEST(AttentionForward, CudaTensorsAreRefusedWithReasons) {
+TEST(AttentionForward, CudaTensorsGoToTheirDeviceOnly) {
   Case problem(4, 4, 8);
   AttentionForwardArgs args = problem.args;
-  for (TensorView* view : {&args.q, &args.k, &args.v, &args.out, &args.lse}) view->device = {DeviceType::kCuda, 0};
-  EXPECT_THROW(attention_forward(args), UnsupportedError);
-  args.k.device = {};  // mixed devices
+  args.k.device = {DeviceType::kCuda, 0};  // mixed devices
+  EXPECT_THROW(attention_forward(args), ValueError);
+  const auto on_device = [&](int32_t index) {
+    for (TensorView* view : {&args.q, &args.k, &args.v, &args.out, &args.lse})
+      view->device = {DeviceType::kCuda, index};
+  };
+  on_device(0);
+  AttentionOptions options;
+  options.backend = Backend::kCpu;
+  EXPECT_THROW(attention_forward(args, options), UnsupportedError);
+  if (cuda::device_count() == 0) {
+    EXPECT_THROW(attention_forward(args), std::runtime_error);
+  }
+  on_device(99);
   EXPECT_THROW(attention_forward(args), ValueError);
 }
 

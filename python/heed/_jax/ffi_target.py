@@ -1,17 +1,19 @@
-"""The XLA custom call that runs attention: its name, its registration, and how the call is written in StableHLO."""
+"""The XLA custom call that runs attention: its name, its registration for every platform, and how it is written."""
 
 # mypy: disable-error-code="no-untyped-call"
 # JAX leaves parts of its API untyped.
 from __future__ import annotations
 
 import ctypes
+import functools
 import re
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
+from jax._src import xla_bridge  # callbacks for plugins: JAX has no public name for them
 from jax.interpreters import mlir
 from jaxlib import xla_client
 from jaxlib.mlir import ir
@@ -23,13 +25,38 @@ TARGET_NAME = "heed.attention_fwd.v1"
 _registration = threading.Lock()
 
 
+@functools.cache
 def register() -> None:
-    """Registers the target with XLA, once per process (also when this module is reloaded)."""
+    """Registers the target with XLA, once per process (also when this module is reloaded).
+
+    On CUDA the call has two stages, one function serving both: `initialize` runs before each run of a program, outside
+    of command buffers, and loads what a program from another process needs; `execute` launches. That calls may be
+    captured into command buffers is what the function itself answers when XLA asks. JAX hands the registration to its
+    CUDA plugin once there is one.
+    """
     with _registration:
         if TARGET_NAME not in xla_client.custom_call_targets("Host"):
             library = ctypes.CDLL(str(_lib.library_dir() / "libheed_ffi.so"))
-            handler = jax.ffi.pycapsule(library.heed_xla_attention_fwd)
-            jax.ffi.register_ffi_target(TARGET_NAME, handler, platform="cpu")
+            on_cpu = jax.ffi.pycapsule(library.heed_xla_attention_fwd)
+            on_cuda = jax.ffi.pycapsule(library.heed_xla_attention_fwd_cuda)
+            jax.ffi.register_ffi_target(TARGET_NAME, {"initialize": on_cuda, "execute": on_cuda}, platform="CUDA")
+            jax.ffi.register_ffi_target(TARGET_NAME, on_cpu, platform="cpu")
+
+
+def register_partitioner(
+    propagate: Callable[..., Any], partition: Callable[..., Any], infer: Callable[..., Any]
+) -> None:
+    """Gives XLA the functions that divide the call over devices: the XLA of this process, and that of each plugin."""
+    give: Callable[..., None] = functools.partial(
+        xla_client.register_custom_call_partitioner,
+        name=TARGET_NAME,
+        prop_user_sharding=propagate,
+        partition=partition,
+        infer_sharding_from_operands=infer,
+        can_side_effecting_have_replicated_sharding=True,
+    )
+    give()
+    xla_bridge.register_plugin_callbacks(give)
 
 
 def _row_major_layouts(types: Sequence[Any]) -> ir.Attribute:

@@ -1,0 +1,50 @@
+"""What must be there before a lowered program runs: a kernel on each platform, loaded on each local GPU."""
+
+# mypy: disable-error-code="no-untyped-call"
+# JAX leaves parts of its API untyped.
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import jax
+
+from heed._errors import UnsupportedError
+from heed._lib import function
+from heed._problem import require_kernel, resolve_attention
+
+
+def local_cuda_ordinals() -> list[int]:
+    """CUDA's ordinals of the GPUs that this process's JAX uses; none where JAX has no CUDA backend."""
+    try:
+        return [int(device.local_hardware_id) for device in jax.local_devices(backend="cuda")]
+    except RuntimeError:
+        return []
+
+
+def prepare(text: str, platforms: Sequence[str], what: str = "flash_mha") -> None:
+    """Makes the problem's kernels ready on every platform that a program is lowered for.
+
+    A problem that some platform cannot serve raises UnsupportedError. On CUDA the kernel is compiled, if need be, and
+    loaded on all GPUs of this process, so that a failure is an error of the call that traces and the program only
+    launches. Where there is no GPU (lowering for another machine) that is left to the process that runs the program.
+    """
+    for platform in platforms:
+        if platform == "cpu":
+            require_kernel(resolve_attention(text, "cpu"), what, "cpu")
+        elif platform == "cuda":
+            _prepare_cuda(text, what)
+        else:
+            reason = f"heed has no kernels for the platform {platform}, only for cpu and cuda"
+            raise UnsupportedError(f"{what}: {reason}", {platform: reason})
+
+
+def _prepare_cuda(text: str, what: str) -> None:
+    ordinals = local_cuda_ordinals()
+    targets = [str(function("cuda_target")(ordinal)) for ordinal in ordinals] or ["cuda"]
+    for target in dict.fromkeys(targets):
+        require_kernel(resolve_attention(text, target), what, target)
+    for ordinal in ordinals:
+        try:
+            function("attention_fwd_load")(text, ordinal)
+        except (RuntimeError, TypeError, ValueError) as error:
+            raise type(error)(str(error)) from None  # without the native frames

@@ -1,0 +1,170 @@
+// The XLA handler on CUDA: what each stage asks of the driver, on a driver made up here. Needs NVRTC for what compiles.
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "cuda/jit/jit.h"
+#include "cuda/jit/nvrtc.h"
+#include "fake_driver.h"
+#include "xla_call.h"
+
+namespace {
+
+using heed::test::fake_driver;
+using heed::test::FakeDriver;
+using heed::test::XlaCall;
+
+std::string problem_text(const std::string& shape, const std::string& backend = "auto", const std::string& more = "") {
+  return "attention_fwd.v1;q=bfloat16[" + shape + "];k=bfloat16[" + shape + "];v=bfloat16[" + shape + "]" + more +
+         ";scale=default;causal=1;align=bottom_right;window=-1,-1;softcap=0x0p+0;lse=1;deterministic=0;backend=" +
+         backend;
+}
+
+int64_t count(const std::string& call) {
+  const std::vector<std::string>& calls = fake_driver().calls;
+  return std::count(calls.begin(), calls.end(), call);
+}
+
+void* fake_stream(intptr_t number) { return reinterpret_cast<void*>(number); }
+
+class XlaHandler : public testing::Test {
+ protected:
+  void SetUp() override { fake_driver() = FakeDriver(); }
+
+  // Memory is never touched by a driver that is made up, but its addresses are checked.
+  static std::unique_ptr<XlaCall> make_call(const std::string& text, int device = 0, intptr_t stream = 77) {
+    auto call = std::make_unique<XlaCall>(text);
+    call->device = device;
+    call->stream = fake_stream(stream);
+    intptr_t address = 1 << 20;
+    for (auto* tensors : {&call->arguments(), &call->results()}) {
+      for (auto& tensor : *tensors) tensor->buffer.data = reinterpret_cast<void*>(address += 1 << 20);
+    }
+    return call;
+  }
+
+  static void expect_success(heed::xla::Error* error) {
+    const std::unique_ptr<heed::xla::Error> owned(error);
+    EXPECT_EQ(owned, nullptr) << owned->message;
+  }
+
+  static void expect_error(heed::xla::Error* error, heed::xla::ErrorCode code, const std::string& part) {
+    const std::unique_ptr<heed::xla::Error> owned(error);
+    ASSERT_NE(owned, nullptr) << "no error, expected one with: " << part;
+    EXPECT_EQ(owned->code, code) << owned->message;
+    EXPECT_NE(owned->message.find(part), std::string::npos) << owned->message;
+  }
+};
+
+TEST_F(XlaHandler, AnswersWhatItWasBuiltForWithoutADriver) {
+  for (auto* handler : {heed_xla_attention_fwd, heed_xla_attention_fwd_cuda}) {
+    heed::xla::Metadata metadata{};
+    heed::xla::MetadataExtension extension{
+        {sizeof(heed::xla::MetadataExtension), heed::xla::kMetadataExtension, nullptr}, &metadata};
+    heed::xla::CallFrame frame{};
+    frame.extensions = &extension.base;
+    EXPECT_EQ(handler(&frame), nullptr);
+    EXPECT_EQ(metadata.api_version.major_version, heed::xla::kApiMajor);
+    EXPECT_EQ(metadata.api_version.minor_version, heed::xla::kApiMinor);
+    EXPECT_EQ(metadata.traits, heed::xla::kCommandBufferCompatible);
+  }
+  EXPECT_TRUE(fake_driver().calls.empty());
+}
+
+TEST_F(XlaHandler, RefusesInEitherStageWhatNoGpuKernelServes) {
+  const auto call = make_call(problem_text("1,8,2,64", "cpu"));
+  for (const auto stage : {heed::xla::kInitialize, heed::xla::kExecute}) {
+    expect_error(heed_xla_attention_fwd_cuda(&call->frame(stage)), heed::xla::kUnimplemented,
+                 "no kernel serves this attention forward on target sm_90a");
+  }
+  EXPECT_EQ(count("cuLaunchKernel"), 0);
+}
+
+TEST_F(XlaHandler, RefusesACallWithoutItsProblem) {
+  const auto call = make_call(problem_text("1,8,2,64"));
+  heed::xla::CallFrame& frame = call->frame(heed::xla::kInitialize);
+  frame.attrs.size = 0;
+  expect_error(heed_xla_attention_fwd_cuda(&frame), heed::xla::kInvalidArgument, "no string attribute problem");
+}
+
+TEST_F(XlaHandler, HandsXlasOwnErrorsBack) {
+  const auto call = make_call(problem_text("1,8,2,64"));
+  call->api().get_device_ordinal = [](heed::xla::DeviceOrdinalGetArgs*) -> heed::xla::Error* {
+    return new heed::xla::Error{heed::xla::kInternal, "XLA knows no device"};
+  };
+  expect_error(heed_xla_attention_fwd_cuda(&call->frame(heed::xla::kExecute)), heed::xla::kInternal,
+               "XLA knows no device");
+}
+
+// Kernels come from NVRTC here (or from a cache that it has filled).
+class XlaHandlerWithKernel : public XlaHandler {
+ protected:
+  void SetUp() override {
+    XlaHandler::SetUp();
+    std::string searched;
+    if (!heed::cuda::find_nvrtc(&searched)) GTEST_SKIP() << "there is no NVRTC:\n" << searched;
+  }
+};
+
+TEST_F(XlaHandlerWithKernel, InitializeLoadsOnceAndLaunchesNothing) {
+  const auto call = make_call(problem_text("1,8,2,32"));  // no other test's kernel
+  expect_success(heed_xla_attention_fwd_cuda(&call->frame(heed::xla::kInitialize)));
+  EXPECT_EQ(count("cuFuncLoad"), 1);
+  EXPECT_EQ(fake_driver().devices_loaded, std::vector<int>{0});
+  EXPECT_EQ(count("cuCtxPushCurrent"), count("cuCtxPopCurrent"));
+  EXPECT_EQ(count("cuLaunchKernel"), 0);
+  fake_driver() = FakeDriver();
+  expect_success(heed_xla_attention_fwd_cuda(&call->frame(heed::xla::kInitialize)));
+  EXPECT_EQ(fake_driver().calls, std::vector<std::string>{});
+}
+
+// No module is loaded, nothing is queried, allocated or waited for, no context changes.
+TEST_F(XlaHandlerWithKernel, ExecuteAsksTheDriverForOneLaunchAndNothingElse) {
+  const auto call = make_call(problem_text("2,40,4,64"), 0, 4711);
+  expect_success(heed_xla_attention_fwd_cuda(&call->frame(heed::xla::kInitialize)));
+  for (int i = 0; i < 3; ++i) {
+    fake_driver() = FakeDriver();
+    expect_success(heed_xla_attention_fwd_cuda(&call->frame(heed::xla::kExecute)));
+    EXPECT_EQ(fake_driver().calls, std::vector<std::string>{"cuLaunchKernel"});
+    ASSERT_EQ(fake_driver().launches.size(), 1U);
+    EXPECT_EQ(fake_driver().launches[0].stream, fake_stream(4711));
+  }
+}
+
+TEST_F(XlaHandlerWithKernel, EveryDeviceGetsItsOwn) {
+  const std::string text = problem_text("3,8,2,64");
+  const auto first = make_call(text, 0, 1);
+  const auto second = make_call(text, 1, 2);
+  expect_success(heed_xla_attention_fwd_cuda(&first->frame(heed::xla::kInitialize)));
+  fake_driver() = FakeDriver();
+  expect_success(heed_xla_attention_fwd_cuda(&second->frame(heed::xla::kInitialize)));
+  EXPECT_LE(count("cuLibraryLoadData"), 1);
+  fake_driver() = FakeDriver();
+  expect_success(heed_xla_attention_fwd_cuda(&second->frame(heed::xla::kExecute)));
+  expect_success(heed_xla_attention_fwd_cuda(&first->frame(heed::xla::kExecute)));
+  ASSERT_EQ(fake_driver().launches.size(), 2U);
+  EXPECT_EQ(fake_driver().launches[0].stream, fake_stream(2));
+  EXPECT_EQ(fake_driver().launches[1].stream, fake_stream(1));
+}
+
+TEST_F(XlaHandlerWithKernel, AFailedLaunchIsAnError) {
+  const auto call = make_call(problem_text("4,8,2,64"));
+  expect_success(heed_xla_attention_fwd_cuda(&call->frame(heed::xla::kInitialize)));
+  fake_driver().launch_result = 700;
+  expect_error(heed_xla_attention_fwd_cuda(&call->frame(heed::xla::kExecute)), heed::xla::kInternal,
+               "cuLaunchKernel failed: a made-up failure (CUDA_ERROR_FAKE)");
+}
+
+TEST_F(XlaHandlerWithKernel, RefusesOperandsThatAreNotItsProblems) {
+  const auto call = make_call(problem_text("5,8,2,64"));
+  heed::xla::CallFrame& frame = call->frame(heed::xla::kExecute);
+  frame.args.size -= 1;
+  expect_error(heed_xla_attention_fwd_cuda(&frame), heed::xla::kInvalidArgument, "not those of its problem");
+  EXPECT_EQ(count("cuLaunchKernel"), 0);
+}
+
+}  // namespace
