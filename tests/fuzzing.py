@@ -16,14 +16,18 @@ import numpy as np
 
 from expected import Expected, expected
 from specs import DTYPES
+from varlen_specs import expected_varlen
 
-OPERANDS = ("q", "k", "v", "sinks", "alibi_slopes", "q_segment_ids", "kv_segment_ids")
+OPERANDS = (
+    "q", "k", "v", "sinks", "alibi_slopes",
+    "q_segment_ids", "kv_segment_ids", "cu_seqlens_q", "cu_seqlens_k", "seqused_k",
+)  # fmt: skip
 GUARD = 16  # elements of guard zone on either side of a tensor's memory
 
 
 @dataclasses.dataclass
 class Case:
-    """One call: operands (None where absent) and what flash_mha takes besides them."""
+    """One call: operands (None where absent) and what flash_mha or, with lengths, flash_mha_varlen takes besides."""
 
     operands: dict[str, np.ndarray | None]
     options: dict[str, Any]
@@ -37,28 +41,35 @@ class Case:
         return q.dtype
 
     @property
+    def is_varlen(self) -> bool:
+        return self.operands["cu_seqlens_q"] is not None
+
+    @property
     def out_shape(self) -> tuple[int, ...]:
         q, v = self.operands["q"], self.operands["v"]
         assert q is not None and v is not None
-        return (*self.lead, *q.shape[-4:-1], v.shape[-1])
+        return (*self.lead, *q.shape[-3 if self.is_varlen else -4 : -1], v.shape[-1])
 
     @property
     def lse_shape(self) -> tuple[int, ...]:
-        batch, q_len, heads = self.out_shape[-4:-1]
-        return (*self.lead, batch, heads, q_len)
+        *batch, q_len, heads, _ = self.out_shape[len(self.lead) :]
+        return (*self.lead, *batch, heads, q_len)
 
     def want(self) -> Expected:
         return want_of(self.operands, self.options)
 
 
 def want_of(operands: dict[str, np.ndarray | None], options: dict[str, Any]) -> Expected:
-    given = {name: operands[name] for name in ("sinks", "alibi_slopes") if operands[name] is not None}
+    given: dict[str, Any] = {name: operands[name] for name in ("sinks", "alibi_slopes") if operands[name] is not None}
     if operands["q_segment_ids"] is not None:
-        given["segment_ids"] = (operands["q_segment_ids"], operands["kv_segment_ids"])  # type: ignore[assignment]
+        given["segment_ids"] = (operands["q_segment_ids"], operands["kv_segment_ids"])
     q, k, v = (operands[name] for name in "qkv")
     assert q is not None and k is not None and v is not None
     kept = ("softmax_scale", "is_causal", "causal_align", "window_size", "softcap")
-    return expected(q, k, v, **given, **{name: options[name] for name in kept})
+    given |= {name: options[name] for name in kept}
+    if operands["cu_seqlens_q"] is None:
+        return expected(q, k, v, **given)
+    return expected_varlen(q, k, v, **given, **{name: operands[name] for name in OPERANDS[-3:]})
 
 
 def judge(
@@ -131,7 +142,11 @@ def draw_case(rng: np.random.Generator, *, max_lead: int) -> Case:
         operands["q_segment_ids"] = rng.integers(-1, 2, (*leading(), batch, q_len)).astype(np.int32)
         operands["kv_segment_ids"] = rng.integers(-1, 2, (*leading(), batch, kv_len)).astype(np.int32)
     broadcast = np.broadcast_shapes(*(x.shape[: len(lead)] for x in operands.values() if x is not None))
-    options = {
+    return Case(operands, draw_options(rng, dtype), bool(rng.random() < 0.6), broadcast)
+
+
+def draw_options(rng: np.random.Generator, dtype: np.dtype[Any]) -> dict[str, Any]:
+    return {
         "softmax_scale": pick(rng, 1.0, 1.0, 0.5, 2.0),
         "is_causal": bool(rng.random() < 0.4),
         "causal_align": pick(rng, "bottom_right", "top_left"),
@@ -140,7 +155,6 @@ def draw_case(rng: np.random.Generator, *, max_lead: int) -> Case:
         "deterministic": bool(rng.random() < 0.3),
         "backend": pick(rng, None, "cpu"),
     }
-    return Case(operands, options, bool(rng.random() < 0.6), broadcast)
 
 
 # Memory --------------------------------------------------------------------------------------------------------------
@@ -216,9 +230,11 @@ def text_of(case: Case) -> str:
             text += f";{name}={value.dtype.name}[{','.join(map(str, value.shape))}]"
     o = case.options
     scale = "default" if o["softmax_scale"] is None else float(o["softmax_scale"]).hex()
+    max_seqlen = f";max_seqlen={o['max_seqlen_q']},{o['max_seqlen_k']}" if case.is_varlen else ""
+    left, right = o["window_size"]
     return (
         f"{text};scale={scale};causal={int(o['is_causal'])};align={o['causal_align']}"
-        f";window={o['window_size'][0]},{o['window_size'][1]};softcap={float(o['softcap']).hex()};lse={int(case.wants_lse)}"
+        f";window={left},{right}{max_seqlen};softcap={float(o['softcap']).hex()};lse={int(case.wants_lse)}"
         f";deterministic={int(o['deterministic'])};backend={o['backend'] or 'auto'}"
     )
 
@@ -228,7 +244,7 @@ _NUMBER = (
 )
 _TEXT = re.compile(
     r"attention_fwd\.v1" + "".join(rf"(?:;{name}=([a-z0-9_]+)\[((?:-?\d+(?:,-?\d+)*)?)\])?" for name in OPERANDS) +
-    rf";scale=(default|{_NUMBER});causal=([01]);align=(bottom_right|top_left);window=(-?\d+),(-?\d+)"
+    rf";scale=(default|{_NUMBER});causal=([01]);align=(bottom_right|top_left);window=(-?\d+),(-?\d+)(?:;max_seqlen=(-?\d+),(-?\d+))?"
     rf";softcap=({_NUMBER});lse=([01]);deterministic=([01]);backend=(auto|cpu|sm80|sm90)"
 )  # fmt: skip
 
@@ -242,7 +258,8 @@ def parse(text: str) -> tuple[dict[str, tuple[str, tuple[int, ...]] | None], dic
     for i, name in enumerate(OPERANDS):
         dtype, shape = groups[2 * i], groups[2 * i + 1]
         operands[name] = None if dtype is None else (dtype, tuple(int(n) for n in shape.split(",") if n))
-    scale, causal, align, left, right, softcap, lse, _, _ = groups[2 * len(OPERANDS) :]
+    scale, causal, align, left, right, max_q, max_k, softcap, lse, _, _ = groups[2 * len(OPERANDS) :]
+    assert (max_q is None) == (operands["cu_seqlens_q"] is None), f"max_seqlen goes with cu_seqlens_q: {text!r}"
     options = {
         "softmax_scale": None if scale == "default" else _real(scale),
         "is_causal": causal == "1",
@@ -250,6 +267,8 @@ def parse(text: str) -> tuple[dict[str, tuple[str, tuple[int, ...]] | None], dic
         "window_size": (int(left), int(right)),
         "softcap": _real(softcap),
     }
+    if max_q is not None:
+        options |= {"max_seqlen_q": int(max_q), "max_seqlen_k": int(max_k)}
     return operands, options, lse == "1"
 
 

@@ -50,12 +50,13 @@ def run_cached(folder: Path) -> dict[str, Any]:
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
     import heed
-    from jax_cases import attend, make_operands
+    from jax_cases import attend, make_operands, make_varlen_operands
 
     operands = make_operands(batch=4)
     counts.update(hits=0, misses=0)
     call = jax.jit(attend)
     out, lse = call(operands)
+    packed, packed_lse = call(make_varlen_operands())
     one_device = dict(counts)
 
     mesh = jax.sharding.Mesh(np.array(jax.devices()), ("x",))
@@ -65,7 +66,8 @@ def run_cached(folder: Path) -> dict[str, Any]:
     divided = jax.jit(heed.flash_mha)(*arrays)
     causal = jax.jit(heed.flash_mha, static_argnames="is_causal")(*arrays, is_causal=True)
     four_devices = dict(counts)
-    np.savez(folder / "results.npz", out=out, lse=lse, divided=divided, causal=causal)
+    results = {"out": out, "lse": lse, "packed": packed, "packed_lse": packed_lse, "divided": divided, "causal": causal}
+    np.savez(folder / "results.npz", **results)
     return {"one_device": one_device, "four_devices": four_devices}
 
 

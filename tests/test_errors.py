@@ -185,12 +185,12 @@ ROWS = [
         ("sm80_attention_fwd", "needs an NVIDIA .*GPU"), PLACED),
 ]  # fmt: skip
 
-ARRAYS = ("q", "k", "v", "sinks", "alibi_slopes", "segment_ids")
+ARRAYS = ("q", "k", "v", "sinks", "alibi_slopes", "segment_ids", "cu_seqlens_q", "cu_seqlens_k", "seqused_k")
 
 
-def invoke(mode: str, arguments: dict[str, Any]) -> Any:
+def invoke(mode: str, arguments: dict[str, Any], function: Any = heed.flash_mha) -> Any:
     if mode == "numpy":
-        return flash_mha(**arguments)
+        return function(**arguments)
     import jax
     import jax.numpy as jnp
 
@@ -205,8 +205,8 @@ def invoke(mode: str, arguments: dict[str, Any]) -> Any:
         rest = {name: value for name, value in arguments.items() if name not in arrays}
         arrays = jax.tree.map(jnp.asarray, arrays)
         if mode == "jax":
-            return flash_mha(**arrays, **rest)
-        transform = jax.jit(lambda a: flash_mha(**a, **rest))
+            return function(**arrays, **rest)
+        transform = jax.jit(lambda a: function(**a, **rest))
         return transform(arrays) if mode == "jit" else jax.eval_shape(transform, arrays)
 
 
@@ -219,19 +219,24 @@ def test_the_good_call_is_good(mode: str) -> None:
     ("row", "mode"), [pytest.param(row, mode, id=f"{row.name}-{mode}") for row in ROWS for mode in row.modes]
 )
 def test_bad_input(row: Bad, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    check_row(row, mode, monkeypatch, good(), heed.flash_mha)
+
+
+def check_row(row: Bad, mode: str, monkeypatch: pytest.MonkeyPatch, arguments: dict[str, Any], function: Any) -> None:
+    """The row's change of the good arguments must be refused as it says."""
     if mode == "numpy":  # nothing may run
-        monkeypatch.setattr("heed._attention.function", lambda name: pytest.fail(f"{name} ran"))
-    arguments = row.change(good())
+        monkeypatch.setattr("heed._arrays.DLPackOps.run", lambda _, name, *__: pytest.fail(f"{name} ran"))
+    arguments = row.change(arguments)
     if row.x64 and mode != "numpy":
         jax = pytest.importorskip("jax")
         enable_x64 = jax.enable_x64 if hasattr(jax, "enable_x64") else jax.experimental.enable_x64
         with enable_x64(True), pytest.raises(row.error) as caught:
-            invoke(mode, arguments)
+            invoke(mode, arguments, function)
     else:
         with pytest.raises(row.error) as caught:
-            invoke(mode, arguments)
+            invoke(mode, arguments, function)
     assert type(caught.value) is row.error, f"got {caught.value!r}"
-    message = str(caught.value).removeprefix("flash_mha: ")
+    message = str(caught.value).removeprefix(f"{function.__name__}: ")
     for pattern in row.says:
         assert re.search(pattern, message, re.DOTALL), f"{pattern!r} is not in: {message}"
 

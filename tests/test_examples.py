@@ -241,13 +241,28 @@ def run_demo(*arguments: str, **environment: str) -> subprocess.CompletedProcess
 
 
 @needs_model
-def test_demo_end_to_end() -> None:
-    done = run_demo("--max-tokens", "6", "--long-tokens", "0", PROMPT="Count from one to ten.")
+@pytest.mark.parametrize(
+    ("device", "expected"),
+    [
+        ("cpu", ("by cpu_attention_fwd", "Both paths gave the same 6 tokens.")),
+        # There jax.nn's products round float32 to TF32: another token may be as likely.
+        pytest.param("gpu", ("NVIDIA", "by sm"), marks=pytest.mark.gpu),
+    ],
+)
+def test_demo_end_to_end(device: str, expected: tuple[str, ...]) -> None:
+    done = run_demo("--max-tokens", "6", "--long-tokens", "0", "--device", device, PROMPT="Count from one to ten.")
     assert done.returncode == 0, done.stdout + done.stderr
-    for expected in ("Count from one to ten.", "tokens/s", "share of attention", "Both paths gave the same 6 tokens."):
-        assert expected in done.stdout
+    for text in ("Count from one to ten.", "tokens/s", "share of attention", *expected):
+        assert text in done.stdout
     assert all(char.isprintable() or char == "\n" for char in done.stdout), "control characters in a log"
     assert max(map(len, done.stdout.splitlines())) <= 80
+
+
+@needs_model
+def test_demo_says_so_where_there_is_no_gpu() -> None:
+    done = run_demo("--device", "gpu", JAX_PLATFORMS="cpu")
+    assert done.returncode == 2
+    assert "got --device gpu" in done.stdout
 
 
 @needs_model

@@ -272,6 +272,15 @@ def test_numpy_views_of_jax_arrays(dtype: str) -> None:
     want(dtype).check(out, lse, "views of JAX arrays")
 
 
+def test_torch_tensors_that_are_negated_lazily() -> None:
+    """Memory that holds the negatives of a tensor's numbers, as the imaginary part of a conjugate does."""
+    torch = pytest.importorskip("torch")
+    q, k = torch.randn(2, 1, 4, 2, 8)
+    v = torch.randn(1, 4, 2, 8, dtype=torch.complex64).conj().imag
+    assert v.is_neg()
+    assert torch.equal(flash_mha(q, k, v), flash_mha(q, k, v.resolve_neg().clone()))
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_torch_tensors(dtype: str) -> None:
     torch = pytest.importorskip("torch")

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 import heed
 from expected import expected
 from specs import DTYPES, AttentionSpec, make_inputs
+from varlen_specs import VarlenSpec, make_varlen_inputs
 
 PROPERTY = settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 LENGTHS = st.integers(1, 70)
@@ -170,3 +171,71 @@ def test_a_tiny_scale_or_a_huge_cap_is_the_limit(name: str) -> None:
     limit = {"softmax_scale": 0.0} if name == "softmax_scale" else {}
     out, lse = flash(inputs.q, inputs.k, inputs.v, **tiny)
     expected(inputs.q, inputs.k, inputs.v, **limit).check(out, lse, name)
+
+
+# Packed sequences ----------------------------------------------------------------------------------------------------
+
+
+@st.composite
+def packs(draw: Any, lengths: Any = LENGTHS, dtypes: Any = tuple(DTYPES)) -> tuple[np.ndarray, ...]:
+    """q, k and v of up to six sequences, and the lengths of each."""
+    q_lens, kv_lens = (draw(st.lists(lengths, min_size=6, max_size=6)) for _ in range(2))
+    keep = draw(st.integers(0, 6))
+    group, kv_heads = draw(st.integers(1, 4)), draw(st.integers(1, 3))
+    spec = VarlenSpec(
+        f"varlen_property_{draw(st.integers(0, 1000))}", tuple(q_lens[:keep]), tuple(kv_lens[:keep]),
+        num_q_heads=group * kv_heads, num_kv_heads=kv_heads, head_dim_qk=draw(st.integers(8, 80)),
+        dtype=draw(st.sampled_from(list(dtypes))),
+    )  # fmt: skip
+    inputs = make_varlen_inputs(spec)
+    return inputs.q, inputs.k, inputs.v, np.array(q_lens[:keep], int), np.array(kv_lens[:keep], int)
+
+
+def ends(lens: np.ndarray) -> np.ndarray:
+    return np.cumsum([0, *lens])
+
+
+def flash_packed(q: Any, k: Any, v: Any, q_lens: Any, kv_lens: Any, **options: Any) -> tuple[np.ndarray, np.ndarray]:
+    out, lse = heed.flash_mha_varlen(q, k, v, ends(q_lens), ends(kv_lens), return_lse=True, **options)
+    return out, lse
+
+
+@PROPERTY
+@given(packs(st.integers(0, 70)), MASKS, st.randoms(use_true_random=False))
+def test_the_order_of_sequences_does_not_matter(pack: Any, mask: dict[str, Any], random: Any) -> None:
+    q, k, v, q_lens, kv_lens = pack
+    order = list(range(len(q_lens)))
+    random.shuffle(order)
+
+    def rows(lens: np.ndarray) -> np.ndarray:
+        at = ends(lens)
+        return np.concatenate([np.arange(0), *(np.arange(at[i], at[i + 1]) for i in order)])
+
+    out, lse = flash_packed(q, k, v, q_lens, kv_lens, **mask)
+    moved = flash_packed(q[rows(q_lens)], k[rows(kv_lens)], v[rows(kv_lens)], q_lens[order], kv_lens[order], **mask)
+    assert np.array_equal(out[rows(q_lens)], moved[0]) and np.array_equal(lse[:, rows(q_lens)], moved[1])
+
+
+@PROPERTY
+@given(packs(LONG_LENGTHS, ROUNDING_DTYPES), MASKS)
+def test_each_packed_sequence_is_a_call_of_its_own(pack: Any, mask: dict[str, Any]) -> None:
+    q, k, v, q_lens, kv_lens = pack
+    out, lse = flash_packed(q, k, v, q_lens, kv_lens, **mask)
+    at_q, at_k = ends(q_lens), ends(kv_lens)
+    for i in range(len(q_lens)):
+        rows, keys = slice(at_q[i], at_q[i + 1]), slice(at_k[i], at_k[i + 1])
+        want = expected(q[None, rows], k[None, keys], v[None, keys], **mask)
+        want.check(out[None, rows], lse[None, :, rows], f"sequence {i}")
+
+
+@PROPERTY
+@given(packs(st.integers(0, 70)), MASKS, st.integers(0, 2**32 - 1))
+def test_seqused_is_a_shorter_sequence(pack: Any, mask: dict[str, Any], seed: int) -> None:
+    """Keys that do not count might as well not be there."""
+    q, k, v, q_lens, kv_lens = pack
+    used = np.random.default_rng(seed).integers(0, kv_lens + 1) if len(kv_lens) else kv_lens
+    at = ends(kv_lens)
+    kept = np.concatenate([np.arange(0), *(np.arange(at[i], at[i] + used[i]) for i in range(len(used)))])
+    out, lse = flash_packed(q, k, v, q_lens, kv_lens, seqused_k=used, **mask)
+    short = flash_packed(q, k[kept], v[kept], q_lens, used, **mask)
+    assert np.array_equal(out, short[0]) and np.array_equal(lse, short[1])

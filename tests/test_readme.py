@@ -13,7 +13,7 @@ README = ROOT / "README.md"
 
 # Read by scripts or tests, or made by the preprocessor, rather than by the library.
 _SOURCES = [*(ROOT / "src").rglob("*.cc"), *(ROOT / "python" / "heed").rglob("*.py")]
-_READ = re.compile(r"(?:getenv\(|environ\.get\(|environ\[)[\"'](HEED_\w+)[\"']")
+_READ = re.compile(r"(?:getenv\(|environment\(|environ\.get\(|environ\[)[\"'](HEED_\w+)[\"']")
 
 
 def section(title: str) -> str:

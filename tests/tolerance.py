@@ -26,7 +26,21 @@ def assert_close(x: Any, naive: Any, oracle: Any, dtype: Any, what: str) -> None
     assert x.dtype == dtype, f"{what}: dtype is {x.dtype}, expected {dtype}"
     assert x.shape == oracle.shape, f"{what}: shape is {x.shape}, expected {oracle.shape}"
     assert naive.shape == oracle.shape, f"{what}: the naive result has shape {naive.shape}, the oracle {oracle.shape}"
-    x, naive = x.astype(np.float64), naive.astype(np.float64)
+    _assert_close(x.astype(np.float64), naive.astype(np.float64), oracle, dtype, what)
+
+
+def assert_agree(x: Any, y: Any, naive: Any, oracle: Any, dtype: Any, what: str) -> None:
+    """Raises AssertionError unless two results are as close to each other as two that obey the rule must be.
+
+    Each may be off by the rule's bound, in either direction, so half of their difference may be.
+    """
+    x, y, naive, oracle = (np.asarray(array).astype(np.float64) for array in (x, y, naive, oracle))
+    with np.errstate(invalid="ignore"):
+        half = np.where(np.isfinite(x) & np.isfinite(y), oracle + (x - y) / 2, x)
+    _assert_close(half, naive, oracle, np.dtype(dtype), what)
+
+
+def _assert_close(x: np.ndarray, naive: np.ndarray, oracle: np.ndarray, dtype: np.dtype[Any], what: str) -> None:
     _assert_same_specials(x, oracle, what)
     _assert_same_specials(naive, oracle, f"{what} (the naive result: these inputs cannot be used)")
 

@@ -1,7 +1,8 @@
 """heed: attention for JAX, NumPy and anything with DLPack.
 
 `heed.flash_mha` is exact attention with grouped heads, causal and windowed masks, soft caps, sinks, ALiBi and segments;
-`heed.explain` says which kernel a call gets. Importing heed imports neither JAX nor any other framework.
+`heed.flash_mha_varlen` is the same on packed sequences; `heed.explain` says which kernel a call gets. Importing heed
+imports neither JAX nor any other framework.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import sys
 from typing import Any
 
 from heed._attention import flash_mha
+from heed._attention_varlen import flash_mha_varlen
 from heed._errors import UnsupportedError
 from heed._explain import Explanation, explain
 from heed._lib import checked_version
@@ -18,7 +20,15 @@ from heed._versions import check_versions
 check_versions()
 __version__ = checked_version()
 
-__all__ = ["Explanation", "UnsupportedError", "__version__", "explain", "export_checks", "flash_mha"]
+__all__ = [
+    "Explanation",
+    "UnsupportedError",
+    "__version__",
+    "explain",
+    "export_checks",
+    "flash_mha",
+    "flash_mha_varlen",
+]
 
 
 def export_checks() -> list[Any]:

@@ -1,4 +1,4 @@
-"""flash_mha: the public function, and its eager path for arrays that are not JAX's."""
+"""flash_mha, and what flash_mha_varlen shares with it: the eager path for arrays that are not JAX's."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import functools
 from typing import Any
 
 from heed._arrays import DLPackOps, common_kind
-from heed._lib import function
 from heed._problem import (
+    FIRST_INTEGER_OPERAND,
     OPERAND_NAMES,
     AttentionStatics,
     Resolution,
@@ -15,12 +15,12 @@ from heed._problem import (
     attention_statics,
     attention_text,
     require_kernel,
-    require_rank_4,
+    require_rank,
     resolve_attention,
 )
 
 Operands = tuple[Any, ...]
-"""The seven operands of attention in the order of OPERAND_NAMES; None where one is absent."""
+"""The operands of attention in the order of OPERAND_NAMES; None where one is absent."""
 
 
 def flash_mha(
@@ -94,17 +94,21 @@ def flash_mha(
         backend=backend,
     )
     q_segment_ids, kv_segment_ids = split_segment_ids(segment_ids)
-    operands = (q, k, v, sinks, alibi_slopes, q_segment_ids, kv_segment_ids)
+    return attend("flash_mha", statics, (q, k, v, sinks, alibi_slopes, q_segment_ids, kv_segment_ids, None, None, None))
+
+
+def attend(function_name: str, statics: AttentionStatics, operands: Operands) -> Any:
+    """Runs attention on arrays of any one kind, or stages it if they are traced."""
     for name, value in zip(OPERAND_NAMES[:3], operands[:3], strict=True):
         if value is None:
             raise TypeError(f"{name}: got None, expected an array")
     kind = common_kind(OPERAND_NAMES, operands)
     if kind == "jax":
-        require_rank_4(q.shape)
+        require_rank(function_name, operands[0].shape)
         from heed import _jax_attention
 
-        return _jax_attention.flash_mha(statics, operands)
-    return _run_eagerly(kind, statics, operands)
+        return _jax_attention.attention(statics, operands)
+    return _run_eagerly(kind, function_name, statics, operands)
 
 
 def split_segment_ids(segment_ids: Any) -> tuple[Any, Any]:
@@ -120,28 +124,34 @@ def split_segment_ids(segment_ids: Any) -> tuple[Any, Any]:
 
 
 @functools.lru_cache(maxsize=4096)
-def _resolved(statics: AttentionStatics, specs: tuple[Spec | None, ...], target: str) -> tuple[str, Resolution]:
+def _resolved(
+    function_name: str, statics: AttentionStatics, specs: tuple[Spec | None, ...], target: str
+) -> tuple[str, Resolution]:
     """The problem's text and what it resolves to. Raises on what is wrong or cannot be served."""
     text = attention_text(statics, specs)
     resolution = resolve_attention(text, target)
-    require_kernel(resolution, "flash_mha", target)
+    require_kernel(resolution, function_name, target)
     return text, resolution
 
 
-def _run_eagerly(kind: str, statics: AttentionStatics, operands: Operands) -> Any:
+def _run_eagerly(kind: str, function_name: str, statics: AttentionStatics, operands: Operands) -> Any:
     """Runs on NumPy arrays or another framework's, at once. Outputs are of the same kind."""
     ops = DLPackOps(kind, operands[0])
-    if operands[5] is not None:
-        ids = [ops.to_int32(name, ids) for name, ids in zip(OPERAND_NAMES[5:], operands[5:], strict=True)]
-        operands = (*operands[:5], *ids)
+    first = FIRST_INTEGER_OPERAND
+    if any(x is not None for x in operands[first:]):
+        integers = [
+            None if x is None else ops.to_int32(name, x)
+            for name, x in zip(OPERAND_NAMES[first:], operands[first:], strict=True)
+        ]
+        operands = (*operands[:first], *integers)
     specs = [
         None if value is None else ops.spec(name, value) for name, value in zip(OPERAND_NAMES, operands, strict=True)
     ]
-    require_rank_4(specs[0][1] if specs[0] is not None else ())
-    text, resolution = _resolved(statics, tuple(specs), ops.target())
+    require_rank(function_name, specs[0][1] if specs[0] is not None else ())
+    text, resolution = _resolved(function_name, statics, tuple(specs), ops.target())
     outputs = [ops.empty(resolution.out_shape, resolution.out_dtype)]
     if statics.return_lse:
         outputs.append(ops.empty(resolution.lse_shape, "float32"))
     inputs = [ops.view(value, name) for name, value in zip(OPERAND_NAMES, operands, strict=True) if value is not None]
-    function("attention_fwd")(text, *inputs, *map(ops.view_out, outputs))
+    ops.run("attention_fwd", text, *inputs, *map(ops.view_out, outputs))
     return tuple(outputs) if statics.return_lse else outputs[0]

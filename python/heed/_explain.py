@@ -9,14 +9,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from heed._arrays import DLPackOps, common_kind, is_jax, kind_of
-from heed._attention import flash_mha, split_segment_ids
+from heed._attention import Operands, flash_mha, split_segment_ids
+from heed._attention_varlen import flash_mha_varlen, require_cu_seqlens
 from heed._problem import (
+    FIRST_INTEGER_OPERAND,
     OPERAND_NAMES,
     Candidate,
     Spec,
     attention_statics,
     attention_text,
-    require_rank_4,
+    require_rank,
     resolve_attention,
 )
 
@@ -102,7 +104,7 @@ def _spec(name: str, value: Any) -> Spec:
     return str(value.dtype), tuple(value.shape)
 
 
-def _segment_spec(name: str, value: Any) -> Spec:
+def _integer_spec(name: str, value: Any) -> Spec:
     dtype, shape = _spec(name, value)
     return ("int32" if dtype.startswith(("int", "uint")) else dtype), shape
 
@@ -111,7 +113,7 @@ def explain(function: Callable[..., Any], /, *args: Any, target: str | None = No
     """Says which kernel a call of `function` would get and why each other candidate declined, without running it.
 
     Args:
-        function: a function of heed's: `heed.flash_mha`.
+        function: a function of heed's: `heed.flash_mha` or `heed.flash_mha_varlen`.
         *args, **kwargs: the call's arguments. Arrays may be `jax.ShapeDtypeStruct` or anything with shape and dtype.
         target: "cpu", or an architecture such as "sm_80" or "sm_90a", which need not be present. None: where the call
             would run.
@@ -119,31 +121,40 @@ def explain(function: Callable[..., Any], /, *args: Any, target: str | None = No
     Raises:
         ValueError, TypeError: the arguments are wrong in a way that the call itself would refuse too.
     """
-    if function is not flash_mha:
-        raise TypeError(f"explain: got {function!r}, expected a function of heed's: heed.flash_mha")
-    bound = inspect.signature(flash_mha).bind(*args, **kwargs)
+    if function not in (flash_mha, flash_mha_varlen):
+        raise TypeError(
+            f"explain: got {function!r}, expected a function of heed's: heed.flash_mha or heed.flash_mha_varlen"
+        )
+    bound = inspect.signature(function).bind(*args, **kwargs)
     bound.apply_defaults()
-    given = dict(bound.arguments)
-    arrays = [given.pop(name) for name in ("q", "k", "v")]
-    segments = split_segment_ids(given.pop("segment_ids"))
-    operands = (*arrays, given.pop("sinks"), given.pop("alibi_slopes"), *segments)
-    for name, value in zip(OPERAND_NAMES, arrays, strict=False):
-        if value is None:
-            raise TypeError(f"{name}: got None, expected an array")
+    operands, options = _split_arguments(dict(bound.arguments))
+    name = function.__name__
     specs = [
-        None if value is None else (_segment_spec if "segment" in name else _spec)(name, value)
-        for name, value in zip(OPERAND_NAMES, operands, strict=True)
+        None if x is None else (_integer_spec if i >= FIRST_INTEGER_OPERAND else _spec)(OPERAND_NAMES[i], x)
+        for i, x in enumerate(operands)
     ]
-    statics = attention_statics(**given)
-    require_rank_4(specs[0][1] if specs[0] is not None else ())
+    statics = attention_statics(**options)
+    require_rank(name, specs[0][1] if specs[0] is not None else ())
     text = attention_text(statics, specs)
     where = target if target is not None else _default_target(OPERAND_NAMES, operands)
     resolution = resolve_attention(text, where)
     return Explanation(
-        function="flash_mha",
+        function=name,
         target=where,
         problem=text,
         chosen=resolution.chosen,
         candidates=resolution.candidates,
         workspace_bytes=resolution.workspace_bytes,
     )
+
+
+def _split_arguments(given: dict[str, Any]) -> tuple[Operands, dict[str, Any]]:
+    """A call's operands in the order of OPERAND_NAMES, and its other arguments."""
+    for name in OPERAND_NAMES[:3]:
+        if given[name] is None:
+            raise TypeError(f"{name}: got None, expected an array")
+    if "cu_seqlens_q" in given:
+        require_cu_seqlens(given["cu_seqlens_q"])
+    ids = split_segment_ids(given.pop("segment_ids", None))
+    given["q_segment_ids"], given["kv_segment_ids"] = ids
+    return tuple(given.pop(name, None) for name in OPERAND_NAMES), given

@@ -1,4 +1,4 @@
-"""`flash_mha` on JAX arrays and tracers: validates once, on unbatched shapes, and binds the primitive."""
+"""Attention on JAX arrays and tracers: validates once, on unbatched shapes, and binds the primitive."""
 
 # mypy: disable-error-code="no-untyped-call"
 # JAX leaves parts of its API untyped.
@@ -19,9 +19,18 @@ import numpy as np  # noqa: E402
 from heed._arrays import numpy_to_int32  # noqa: E402
 from heed._jax import axes, ffi_target, partition  # noqa: E402
 from heed._jax.primitive import attention_fwd_p, check_placement, compiled  # noqa: E402
-from heed._problem import OPERAND_NAMES, AttentionStatics, Spec, attention_text, require_kernel, resolve_attention  # noqa: E402
+from heed._problem import (  # noqa: E402
+    FIRST_INTEGER_OPERAND,
+    OPERAND_NAMES,
+    AttentionStatics,
+    Spec,
+    attention_text,
+    function_of,
+    require_kernel,
+    resolve_attention,
+)
 
-__all__ = ["export_checks", "flash_mha", "register_targets"]
+__all__ = ["attention", "export_checks", "register_targets"]
 
 
 def register_targets() -> None:
@@ -45,9 +54,10 @@ def _validated(statics: AttentionStatics, operands: tuple[tuple[Any, tuple[int, 
     specs: list[Spec | None] = [None if x is None else (x[0].name, x[1]) for x in operands]
     text = attention_text(statics, specs)
     resolution = resolve_attention(text, "cpu")  # raises on what is wrong, whoever serves it
+    present = axes.present_operands([x is not None for x in operands])
     if statics.backend is not None and resolve_attention(text, "cuda").chosen is None:
-        require_kernel(resolution, "flash_mha", "cpu")  # a backend that serves on no platform: no need to wait
-    return axes.present_operands([x is not None for x in operands])
+        require_kernel(resolution, function_of(present), "cpu")  # served on no platform: no need to wait
+    return present
 
 
 def _same_varying_axes(arrays: Sequence[Any]) -> list[Any]:
@@ -60,8 +70,8 @@ def _same_varying_axes(arrays: Sequence[Any]) -> list[Any]:
     ]
 
 
-def _segment_ids(name: str, x: Any) -> Any:
-    """Integer ids of any width as int32. NumPy values are checked; JAX's are clamped to what int32 holds."""
+def _to_int32(name: str, x: Any) -> Any:
+    """Integers of any width as int32. NumPy values are checked; JAX's are clamped to what int32 holds."""
     if x is None or x.dtype == jnp.int32:
         return x
     if isinstance(x, np.ndarray):
@@ -74,10 +84,10 @@ def _segment_ids(name: str, x: Any) -> Any:
     return x.astype(jnp.int32)
 
 
-def flash_mha(statics: AttentionStatics, operands: Sequence[Any]) -> Any:
+def attention(statics: AttentionStatics, operands: Sequence[Any]) -> Any:
     """Attention on JAX values; `operands` follow `OPERAND_NAMES`, absent ones are None. Returns out or (out, lse)."""
-    if operands[5] is not None or operands[6] is not None:
-        operands = (*operands[:5], *map(_segment_ids, OPERAND_NAMES[5:], operands[5:]))
+    first = FIRST_INTEGER_OPERAND
+    operands = (*operands[:first], *map(_to_int32, OPERAND_NAMES[first:], operands[first:]))
     present = _validated(statics, tuple([None if x is None else (x.dtype, x.shape) for x in operands]))
     arrays = [x for x in operands if x is not None]
     if any(isinstance(x, jax.core.Tracer) for x in arrays):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import numbers
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,12 +13,21 @@ import numpy as np
 from heed._errors import UnsupportedError
 from heed._lib import function
 
-OPERAND_NAMES = ("q", "k", "v", "sinks", "alibi_slopes", "q_segment_ids", "kv_segment_ids")
+OPERAND_NAMES = (
+    "q", "k", "v", "sinks", "alibi_slopes",
+    "q_segment_ids", "kv_segment_ids", "cu_seqlens_q", "cu_seqlens_k", "seqused_k",
+)  # fmt: skip
+FIRST_INTEGER_OPERAND = 5  # from here on operands are int32: ids and lengths
 BACKENDS = ("cpu", "sm80", "sm90")
 CAUSAL_ALIGNS = ("bottom_right", "top_left")
 
 Spec = tuple[str, tuple[int, ...]]
 """A dtype's name and a shape."""
+
+
+def function_of(operands: Collection[str]) -> str:
+    """The public function that a call with these operands is one of."""
+    return "flash_mha_varlen" if "cu_seqlens_q" in operands else "flash_mha"
 
 
 @dataclass(frozen=True)
@@ -33,6 +42,7 @@ class AttentionStatics:
     return_lse: bool = False
     deterministic: bool = False
     backend: str | None = None
+    max_seqlen: tuple[int, int] = (-1, -1)  # of flash_mha_varlen: the longest sequence of q and of k
 
 
 @dataclass(frozen=True)
@@ -81,11 +91,11 @@ def _flag(name: str, value: Any) -> bool:
     return bool(value)
 
 
-def _integer(name: str, value: Any) -> int:
+def _integer(name: str, value: Any, expected: str = "a Python integer") -> int:
     if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, np.integer)):
-        raise _expected(name, value, "a pair of Python integers")
+        raise _expected(name, value, expected)
     if not -(2**63) <= int(value) < 2**63:
-        raise ValueError(f"{name}: got {value}, expected integers that fit 64 bits")
+        raise ValueError(f"{name}: got {value}, expected {expected} that fits 64 bits")
     return int(value)
 
 
@@ -107,13 +117,15 @@ def attention_statics(
     return_lse: Any,
     deterministic: Any,
     backend: Any,
+    max_seqlen_q: Any = -1,
+    max_seqlen_k: Any = -1,
 ) -> AttentionStatics:
     """Checks the kinds of the static arguments (their values are checked with the problem)."""
     if not isinstance(window_size, (tuple, list)):
         raise _expected("window_size", window_size, "a pair of Python integers")
     if len(window_size) != 2:
         raise ValueError(f"window_size: got {window_size!r}, expected a pair of Python integers")
-    left, right = (_integer("window_size", side) for side in window_size)
+    left, right = (_integer("window_size", side, "a pair of Python integers") for side in window_size)
     return AttentionStatics(
         softmax_scale=None if softmax_scale is None else _real("softmax_scale", softmax_scale),
         is_causal=_flag("is_causal", is_causal),
@@ -123,6 +135,7 @@ def attention_statics(
         return_lse=_flag("return_lse", return_lse),
         deterministic=_flag("deterministic", deterministic),
         backend=None if backend is None else _one_of("backend", backend, BACKENDS),
+        max_seqlen=(_integer("max_seqlen_q", max_seqlen_q), _integer("max_seqlen_k", max_seqlen_k)),
     )
 
 
@@ -136,12 +149,20 @@ def _shape_text(name: str, shape: Sequence[Any]) -> str:
     return ",".join(str(int(size)) for size in shape)
 
 
-def require_rank_4(shape: Sequence[Any]) -> None:
+_Q_AXES = {
+    "flash_mha": "[batch, q_len, num_q_heads, head_dim]",
+    "flash_mha_varlen": "[total_q, num_q_heads, head_dim]",
+}
+
+
+def require_rank(function_name: str, shape: Sequence[Any]) -> None:
     """The native library takes further leading axes (they come from `vmap`); the public functions do not."""
-    if len(shape) > 4:
+    axes = _Q_AXES[function_name]
+    rank = axes.count(",") + 1
+    if len(shape) > rank:
         raise ValueError(
-            f"q: got shape [{', '.join(map(str, shape))}] of rank {len(shape)}, expected rank 4: [batch, q_len, "
-            "num_q_heads, head_dim] (jax.vmap maps over further axes)"
+            f"q: got shape [{', '.join(map(str, shape))}] of rank {len(shape)}, expected rank {rank}: {axes} "
+            "(jax.vmap maps over further axes)"
         )
 
 
@@ -154,9 +175,11 @@ def attention_text(statics: AttentionStatics, specs: Sequence[Spec | None]) -> s
     )
     scale = "default" if statics.softmax_scale is None else statics.softmax_scale.hex()
     left, right = statics.window_size
+    is_varlen = specs[OPERAND_NAMES.index("cu_seqlens_q")] is not None
+    max_seqlen = ";max_seqlen={},{}".format(*statics.max_seqlen) if is_varlen else ""
     return (
         f"attention_fwd.v1{operands};scale={scale};causal={int(statics.is_causal)};align={statics.causal_align}"
-        f";window={left},{right};softcap={statics.softcap.hex()};lse={int(statics.return_lse)}"
+        f";window={left},{right}{max_seqlen};softcap={statics.softcap.hex()};lse={int(statics.return_lse)}"
         f";deterministic={int(statics.deterministic)};backend={statics.backend or 'auto'}"
     )
 

@@ -5,6 +5,7 @@ Nothing here is fast and nothing is shared with the kernels. One function per op
 - `attention_forward`: the definition, evaluated in `compute_dtype`. NumPy in float64 is the oracle of the tests.
 - `naive_attention_forward`: what a plain implementation gives at the inputs' own dtype. Its error is the yardstick of
   the tolerance rule.
+- `attention_forward_varlen`, `naive_attention_forward_varlen`: the same, one packed sequence after the other.
 
 JAX is imported only when a JAX array is met.
 """
@@ -13,13 +14,20 @@ from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
 Array = Any  # numpy.ndarray or jax.Array
 
-__all__ = ["attention_forward", "naive_attention_forward", "visible_keys"]
+__all__ = [
+    "attention_forward",
+    "attention_forward_varlen",
+    "naive_attention_forward",
+    "naive_attention_forward_varlen",
+    "visible_keys",
+]
 
 
 @np.errstate(invalid="ignore", over="ignore", divide="ignore")  # inputs may hold NaN and infinities, caps be tiny
@@ -106,6 +114,87 @@ def attention_forward(
 def naive_attention_forward(q: Array, k: Array, v: Array, *args: Any, **kwargs: Any) -> tuple[Array, Array]:
     """What a plain implementation gives: float32 arithmetic, probabilities and output rounded to the dtype of q."""
     return attention_forward(q, k, v, *args, compute_dtype=np.float32, storage_dtype=q.dtype, **kwargs)
+
+
+def attention_forward_varlen(
+    q: Array,
+    k: Array,
+    v: Array,
+    cu_seqlens_q: Array,
+    cu_seqlens_k: Array | None = None,
+    softmax_scale: float | None = None,
+    is_causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    *,
+    seqused_k: Array | None = None,
+    softcap: float | None = None,
+    sinks: Array | None = None,
+    alibi_slopes: Array | None = None,
+    causal_align: str = "bottom_right",
+    compute_dtype: Any = None,
+    storage_dtype: Any = None,
+) -> tuple[Array, Array]:
+    """`attention_forward` of each packed sequence by itself.
+
+    q [*lead, Tq, Hq, D], k [*lead, Tk, Hk, D], v [*lead, Tk, Hk, Dv], cu_seqlens [*lead, B + 1], seqused_k [*lead, B],
+    sinks and alibi_slopes [*lead, Hq]. Leading axes broadcast. Lengths are read here, so they cannot be traced; values
+    out of range are clamped to what q and k hold.
+
+    Returns out [*lead, Tq, Hq, Dv] and lse [*lead, Hq, Tq]. Rows outside every sequence have out 0 and lse -inf.
+    """
+    xp = _namespace(q, k, v, sinks, alibi_slopes)
+    options = {
+        "softmax_scale": softmax_scale, "is_causal": is_causal, "window_size": window_size, "softcap": softcap,
+        "causal_align": causal_align, "compute_dtype": compute_dtype, "storage_dtype": storage_dtype,
+    }  # fmt: skip
+    operands = [(q, 3), (k, 3), (v, 3), (sinks, 1), (alibi_slopes, 1)]
+    operands += [(x if x is None else np.asarray(x), 1) for x in (cu_seqlens_q, cu_seqlens_k, seqused_k)]
+    lead = np.broadcast_shapes(*(x.shape[: x.ndim - rank] for x, rank in operands if x is not None))
+
+    def to_lead(x: Array, rank: int) -> Array:
+        return (np if isinstance(x, np.ndarray) else xp).broadcast_to(x, lead + x.shape[x.ndim - rank :])
+
+    whole: list[Any] = [None if x is None else to_lead(x, rank) for x, rank in operands]
+    compute = np.dtype(compute_dtype if compute_dtype is not None else (np.float64 if xp is np else np.float32))
+    total_q, num_q_heads = q.shape[-3:-1]
+    out = xp.zeros((*lead, total_q, num_q_heads, v.shape[-1]), compute if storage_dtype is None else storage_dtype)
+    lse = xp.full((*lead, num_q_heads, total_q), -math.inf, compute)
+    for at in np.ndindex(*lead):
+        rows: list[Any] = [None if x is None else x[at] for x in whole]
+        for queries, keys in _sequences(total_q, k.shape[-3], *rows[5:]):
+            part = [x[None] for x in (rows[0][queries], rows[1][keys], rows[2][keys])]
+            part_out, part_lse = attention_forward(*part, sinks=rows[3], alibi_slopes=rows[4], **options)
+            out = _put(out, (*at, queries), part_out[0])
+            lse = _put(lse, (*at, slice(None), queries), part_lse[0])
+    return out, lse
+
+
+def naive_attention_forward_varlen(q: Array, k: Array, v: Array, *args: Any, **kwargs: Any) -> tuple[Array, Array]:
+    """What a plain implementation gives: float32 arithmetic, probabilities and output rounded to the dtype of q."""
+    return attention_forward_varlen(q, k, v, *args, compute_dtype=np.float32, storage_dtype=q.dtype, **kwargs)
+
+
+def _sequences(
+    total_q: int, total_k: int, cu_seqlens_q: Array, cu_seqlens_k: Array | None, seqused_k: Array | None
+) -> Iterator[tuple[slice, slice]]:
+    """Each sequence's queries and keys."""
+
+    def bounds(cu_seqlens: Array, index: int, total: int) -> tuple[int, int]:
+        begin = min(max(int(cu_seqlens[index]), 0), total)
+        return begin, min(max(int(cu_seqlens[index + 1]), begin), total)
+
+    for index in range(len(cu_seqlens_q) - 1):
+        first_key, end = bounds(cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k, index, total_k)
+        if seqused_k is not None:
+            end = first_key + min(max(int(seqused_k[index]), 0), end - first_key)
+        yield slice(*bounds(cu_seqlens_q, index, total_q)), slice(first_key, end)
+
+
+def _put(array: Array, index: tuple[Any, ...], values: Array) -> Array:
+    if not isinstance(array, np.ndarray):
+        return array.at[index].set(values)
+    array[index] = values
+    return array
 
 
 def visible_keys(

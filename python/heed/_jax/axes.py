@@ -2,56 +2,104 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 
-from heed._problem import OPERAND_NAMES
-
-TRAILING_AXES: dict[str, tuple[str, ...]] = {
-    "q": ("batch", "q_tokens", "q_heads", "head_dim_qk"),
-    "k": ("batch", "kv_tokens", "kv_heads", "head_dim_qk"),
-    "v": ("batch", "kv_tokens", "kv_heads", "head_dim_v"),
-    "sinks": ("q_heads",),
-    "alibi_slopes": ("q_heads",),
-    "q_segment_ids": ("batch", "q_tokens"),
-    "kv_segment_ids": ("batch", "kv_tokens"),
-    "out": ("batch", "q_tokens", "q_heads", "head_dim_v"),
-    "lse": ("batch", "q_heads", "q_tokens"),
-}
-"""Axes after the leading ones. Leading axes come from `vmap`, are named lead0, lead1, ..., and may have size 1."""
+from heed._problem import OPERAND_NAMES, function_of
 
 
-def num_lead_axes(name: str, rank: int) -> int:
-    return rank - len(TRAILING_AXES[name])
+@dataclass(frozen=True)
+class Layout:
+    """The axes of every tensor of one kind of call.
+
+    trailing: axes after the leading ones. Leading axes come from `vmap`, are named lead0, lead1, ..., and may have
+    size 1.
+    """
+
+    function: str
+    trailing: Mapping[str, tuple[str, ...]]
+
+    def num_lead(self, name: str, rank: int) -> int:
+        return rank - len(self.trailing[name])
+
+    def names(self, name: str, rank: int) -> tuple[str, ...]:
+        return tuple(f"lead{i}" for i in range(self.num_lead(name, rank))) + self.trailing[name]
+
+    def refuse_axis(self, name: str, axis: str, shape: Sequence[int], how: str) -> ValueError:
+        """The error for an axis that attention cannot keep sharded. `how`: "4 ways", or "over" mesh axes."""
+        position = self.names(name, len(shape)).index(axis)
+        what = (
+            f"{self.function}: {name}: got axis {position} ({axis}, size {shape[position]}) sharded {how}, expected it "
+            "whole. "
+        )
+        if axis.endswith("_tokens"):
+            why = (
+                "Every query attends to keys on all devices, so a sharded token axis needs ring attention, which this "
+                "version of heed does not have, and heed never gathers an input silently. "
+            )
+        elif axis in _LENGTH_AXES:
+            why = "Every device needs the lengths of all sequences, and heed never gathers an input silently. "
+        else:
+            why = "Scores sum over the whole head dim, and heed never gathers an input silently. "
+        instead = "the batch or the heads" if "batch" in self.trailing["q"] else "the heads"
+        return ValueError(
+            f"{what}{why}Shard {instead} instead, or gather on purpose with "
+            "jax.lax.with_sharding_constraint (jax.sharding.reshard under an explicit mesh)."
+        )
+
+    def refuse_heads(self, num_q_heads: int, num_kv_heads: int, ways: int) -> ValueError:
+        return ValueError(
+            f"{self.function}: got {num_q_heads} query heads sharded {ways} ways over {num_kv_heads} KV heads, "
+            f"expected a number of shards that divides {num_kv_heads} (or a multiple of it that divides "
+            f"{num_q_heads}): otherwise a shard's query heads span parts of several KV heads' groups."
+        )
 
 
-def axis_names(name: str, rank: int) -> tuple[str, ...]:
-    return tuple(f"lead{i}" for i in range(num_lead_axes(name, rank))) + TRAILING_AXES[name]
+_LENGTH_AXES = ("boundaries", "sequences")
+
+_DENSE = Layout(
+    "flash_mha",
+    {
+        "q": ("batch", "q_tokens", "q_heads", "head_dim_qk"),
+        "k": ("batch", "kv_tokens", "kv_heads", "head_dim_qk"),
+        "v": ("batch", "kv_tokens", "kv_heads", "head_dim_v"),
+        "sinks": ("q_heads",),
+        "alibi_slopes": ("q_heads",),
+        "q_segment_ids": ("batch", "q_tokens"),
+        "kv_segment_ids": ("batch", "kv_tokens"),
+        "out": ("batch", "q_tokens", "q_heads", "head_dim_v"),
+        "lse": ("batch", "q_heads", "q_tokens"),
+    },
+)
+_VARLEN = Layout(
+    "flash_mha_varlen",
+    {
+        "q": ("q_tokens", "q_heads", "head_dim_qk"),
+        "k": ("kv_tokens", "kv_heads", "head_dim_qk"),
+        "v": ("kv_tokens", "kv_heads", "head_dim_v"),
+        "sinks": ("q_heads",),
+        "alibi_slopes": ("q_heads",),
+        "cu_seqlens_q": ("boundaries",),
+        "cu_seqlens_k": ("boundaries",),
+        "seqused_k": ("sequences",),
+        "out": ("q_tokens", "q_heads", "head_dim_v"),
+        "lse": ("q_heads", "q_tokens"),
+    },
+)
+
+
+def layout_of(operands: Collection[str]) -> Layout:
+    """The axes of the call that has these operands."""
+    return _VARLEN if function_of(operands) == _VARLEN.function else _DENSE
 
 
 def is_shardable(axis: str) -> bool:
     """Rows of the batch and heads do not interact. Tokens do, and a head's elements are summed over."""
-    return not axis.endswith("_tokens") and not axis.startswith("head_dim")
+    return not (axis.endswith("_tokens") or axis.startswith("head_dim") or axis in _LENGTH_AXES)
 
 
 def present_operands(present: Sequence[bool]) -> tuple[str, ...]:
     return tuple(name for name, is_present in zip(OPERAND_NAMES, present, strict=True) if is_present)
-
-
-def refuse_axis(name: str, axis: str, shape: Sequence[int], how: str) -> ValueError:
-    """The error for an axis that attention cannot keep sharded. `how`: "4 ways", or "over" mesh axes."""
-    position = axis_names(name, len(shape)).index(axis)
-    what = f"flash_mha: {name}: got axis {position} ({axis}, size {shape[position]}) sharded {how}, expected it whole. "
-    if axis.endswith("_tokens"):
-        why = (
-            "Every query attends to keys on all devices, so a sharded token axis needs ring attention, which this "
-            "version of heed does not have, and heed never gathers an input silently. "
-        )
-    else:
-        why = "Scores sum over the whole head dim, and heed never gathers an input silently. "
-    return ValueError(
-        f"{what}{why}Shard the batch or the heads instead, or gather on purpose with "
-        "jax.lax.with_sharding_constraint (jax.sharding.reshard under an explicit mesh)."
-    )
 
 
 def kv_head_shards(num_q_heads: int, num_kv_heads: int, ways: int) -> int | None:
@@ -66,11 +114,3 @@ def kv_head_shards(num_q_heads: int, num_kv_heads: int, ways: int) -> int | None
     if num_q_heads % ways == 0 and ways % num_kv_heads == 0:
         return num_kv_heads
     return None
-
-
-def refuse_heads(num_q_heads: int, num_kv_heads: int, ways: int) -> ValueError:
-    return ValueError(
-        f"flash_mha: got {num_q_heads} query heads sharded {ways} ways over {num_kv_heads} KV heads, expected a number "
-        f"of shards that divides {num_kv_heads} (or a multiple of it that divides {num_q_heads}): otherwise a shard's "
-        "query heads span parts of several KV heads' groups."
-    )

@@ -29,8 +29,9 @@ def sharding_rule(operands: Mapping[str, Shape], results: Mapping[str, Shape]) -
     head axis is the product of the KV heads and the group.
     """
     sizes: dict[str, int] = {}
-    q_heads = _size(operands, "q", "q_heads")
-    kv_heads = _size(operands, "k", "kv_heads")
+    layout = axes.layout_of(operands)
+    q_heads = _size(layout, operands, "q", "q_heads")
+    kv_heads = _size(layout, operands, "k", "kv_heads")
     group = q_heads // max(kv_heads, 1)
     is_grouped = 1 < kv_heads < q_heads
 
@@ -48,7 +49,7 @@ def sharding_rule(operands: Mapping[str, Shape], results: Mapping[str, Shape]) -
         return [axis]
 
     mapped = [
-        [dim_factors(name, shape, i, axis) for i, axis in enumerate(axes.axis_names(name, len(shape)))]
+        [dim_factors(name, shape, i, axis) for i, axis in enumerate(layout.names(name, len(shape)))]
         for name, shape in (*operands.items(), *results.items())
     ]
     symbols = {factor: _factor_symbol(i) for i, factor in enumerate(sizes)}
@@ -69,9 +70,9 @@ def _factor_symbol(index: int) -> str:
     return chr(ord("i") + index) if index < 18 else f"z_{index - 17}"
 
 
-def _size(shapes: Mapping[str, Shape], name: str, axis: str) -> int:
+def _size(layout: axes.Layout, shapes: Mapping[str, Shape], name: str, axis: str) -> int:
     shape = shapes[name]
-    return shape[axes.axis_names(name, len(shape)).index(axis)]
+    return shape[layout.names(name, len(shape)).index(axis)]
 
 
 def refuse_visible(names: Sequence[str], avals: Sequence[Any], values: Sequence[Any]) -> None:
@@ -79,13 +80,14 @@ def refuse_visible(names: Sequence[str], avals: Sequence[Any], values: Sequence[
 
     What only propagation finds is refused by the partitioner, whose errors XLA wraps in its own.
     """
+    layout = axes.layout_of(names)
     for name, aval, value in zip(names, avals, values, strict=True):
         # Its text: #sdy.sharding<@mesh, [{"x"}, {}, {"y", ?}, {}]>, one pair of braces per axis.
         braces = re.findall(r"\{([^{}]*)\}", _stated_sharding(value))
-        for axis, dim in zip(axes.axis_names(name, aval.ndim), braces, strict=False):
+        for axis, dim in zip(layout.names(name, aval.ndim), braces, strict=False):
             mesh_axes = re.findall(r'"[^"]+"', dim)
             if mesh_axes and not axes.is_shardable(axis):
-                raise axes.refuse_axis(name, axis, aval.shape, f"over {', '.join(mesh_axes)}")
+                raise layout.refuse_axis(name, axis, aval.shape, f"over {', '.join(mesh_axes)}")
 
 
 def _stated_sharding(value: Any) -> str:
@@ -108,41 +110,37 @@ def choose_split(
     tilings: Mapping[str, Tiling],
 ) -> Split:
     """The finest division that some tensor's tiles suggest and for which every device already holds its operands."""
+    layout = axes.layout_of(operands)
     for name, shape in operands.items():
-        for axis, ways in zip(axes.axis_names(name, len(shape)), tilings[name].tiles, strict=True):
+        for axis, ways in zip(layout.names(name, len(shape)), tilings[name].tiles, strict=True):
             if ways > 1 and not axes.is_shardable(axis):
-                raise axes.refuse_axis(name, axis, shape, f"{ways} ways")
-    q_heads, kv_heads = _size(operands, "q", "q_heads"), _size(operands, "k", "kv_heads")
-    num_lead = axes.num_lead_axes("q", len(operands["q"]))
+                raise layout.refuse_axis(name, axis, shape, f"{ways} ways")
+    q_heads, kv_heads = _size(layout, operands, "q", "q_heads"), _size(layout, operands, "k", "kv_heads")
     shapes = {**operands, **results}
     splits = []
     for name in ("q", "out", "k", *(name for name in shapes if name not in ("q", "out", "k"))):
-        split = Split.along(name, shapes[name], tilings[name], num_lead, q_heads, kv_heads)
+        split = Split.along(layout, name, shapes[name], tilings[name], q_heads, kv_heads)
         if split is not None:
             splits.append(split)
     splits.sort(key=lambda split: -math.prod(split.devices.shape[:-2]))  # stable: q first among equals
     for split in splits:
         if all(tilings[name].covers(split.tiling(name, shape), shape) for name, shape in operands.items()):
             return split
-    ways = _tiles_of(operands, tilings, "q", "q_heads")
+    ways = tilings["q"].tiles[layout.names("q", len(operands["q"])).index("q_heads")]
     if axes.kv_head_shards(q_heads, kv_heads, ways) is None:
-        raise axes.refuse_heads(q_heads, kv_heads, ways)
+        raise layout.refuse_heads(q_heads, kv_heads, ways)
     raise ValueError(
-        "flash_mha: the operands' shardings do not fit together: "
-        + "; ".join(_describe(name, shape, tilings[name]) for name, shape in operands.items())
+        f"{layout.function}: the operands' shardings do not fit together: "
+        + "; ".join(_describe(layout, name, shape, tilings[name]) for name, shape in operands.items())
         + ". No device would hold what its share needs, and heed never moves an input silently: shard batch and heads "
         "of all operands along the same mesh axes (jax.lax.with_sharding_constraint moves an operand on purpose)."
     )
 
 
-def _tiles_of(shapes: Mapping[str, Shape], tilings: Mapping[str, Tiling], name: str, axis: str) -> int:
-    return tilings[name].tiles[axes.axis_names(name, len(shapes[name])).index(axis)]
-
-
-def _describe(name: str, shape: Shape, tiling: Tiling) -> str:
+def _describe(layout: axes.Layout, name: str, shape: Shape, tiling: Tiling) -> str:
     cut = [
         f"{axis} {ways} ways"
-        for axis, ways in zip(axes.axis_names(name, len(shape)), tiling.tiles, strict=True)
+        for axis, ways in zip(layout.names(name, len(shape)), tiling.tiles, strict=True)
         if ways > 1
     ]
     return f"{name} has {' and '.join(cut)}" if cut else f"{name} is whole on every device"
@@ -200,12 +198,10 @@ def _divide(
 
 
 def _no_gspmd(*_: Any) -> Any:
-    raise NotImplementedError("flash_mha on several devices needs the Shardy partitioner (jax_use_shardy_partitioner)")
+    raise NotImplementedError("heed on several devices needs the Shardy partitioner (jax_use_shardy_partitioner)")
 
 
 @functools.cache
 def register() -> None:
-    """Gives XLA the partitioner of heed's custom call."""
-    xla_client.register_custom_call_partitioner(
-        ffi_target.TARGET_NAME, _no_gspmd, _partition, _no_gspmd, can_side_effecting_have_replicated_sharding=True
-    )
+    """Gives XLA the partitioner of heed's custom call, once."""
+    ffi_target.register_partitioner(_no_gspmd, _partition, _no_gspmd)

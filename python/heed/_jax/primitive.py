@@ -18,9 +18,10 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
-from heed._errors import UnsupportedError
-from heed._jax import axes, ffi_target, partition
-from heed._problem import OPERAND_NAMES, AttentionStatics, Spec, attention_text, require_kernel, resolve_attention
+from jaxlib.mlir.dialects import stablehlo
+
+from heed._jax import axes, devices, ffi_target, partition
+from heed._problem import OPERAND_NAMES, AttentionStatics, Spec, attention_text, function_of
 
 attention_fwd_p = Primitive("heed_attention_fwd")
 attention_fwd_p.multiple_results = True
@@ -39,14 +40,14 @@ def _problem_text(statics: AttentionStatics, operands: Sequence[str], avals: Seq
 
 
 def _result_shapes(operands: Sequence[str], avals: Sequence[Any], results: Sequence[str]) -> list[tuple[int, ...]]:
+    layout = axes.layout_of(operands)
     sizes: dict[str, int] = {}
     for name, aval in zip(operands, avals, strict=True):
-        for axis, size in zip(axes.axis_names(name, aval.ndim), aval.shape, strict=True):
+        for axis, size in zip(layout.names(name, aval.ndim), aval.shape, strict=True):
             sizes[axis] = max(sizes.get(axis, 0), size) if size != 1 else sizes.get(axis, 1)
-    num_lead = axes.num_lead_axes("q", avals[0].ndim)
+    num_lead = layout.num_lead("q", avals[0].ndim)
     return [
-        tuple(sizes[axis] for axis in axes.axis_names(name, num_lead + len(axes.TRAILING_AXES[name])))
-        for name in results
+        tuple(sizes[axis] for axis in layout.names(name, num_lead + len(layout.trailing[name]))) for name in results
     ]
 
 
@@ -56,28 +57,29 @@ def _mesh_axes_of(entry: Any) -> tuple[str, ...]:
     return entry if isinstance(entry, tuple) else (entry,)
 
 
-def _typed_axes(operands: Sequence[str], avals: Sequence[Any], mesh: Any) -> dict[str, Any]:
+def _typed_axes(layout: axes.Layout, operands: Sequence[str], avals: Sequence[Any]) -> dict[str, Any]:
     """Which mesh axes each axis of the call is sharded over, from the operands' types. Raises on what cannot be."""
+    what = layout.function
     found: dict[str, tuple[str, Any]] = {}
     for name, aval in zip(operands, avals, strict=True):
         spec = aval.sharding.spec
         if getattr(spec, "unreduced", None):
-            raise ValueError(f"flash_mha: {name}: got a sharding {spec} with unreduced axes, expected a reduced array")
-        for axis, entry in zip(axes.axis_names(name, aval.ndim), spec, strict=True):
+            raise ValueError(f"{what}: {name}: got a sharding {spec} with unreduced axes, expected a reduced array")
+        for axis, entry in zip(layout.names(name, aval.ndim), spec, strict=True):
             if entry is None or entry is PartitionSpec.UNCONSTRAINED:
                 continue
             if not axes.is_shardable(axis):
-                raise axes.refuse_axis(name, axis, aval.shape, f"over {entry!r}")
+                raise layout.refuse_axis(name, axis, aval.shape, f"over {entry!r}")
             other, known = found.setdefault(axis, (name, entry))
             if known != entry:
                 raise ValueError(
-                    f"flash_mha: {name}: got {axis} sharded over {entry!r} where {other} has it over {known!r}, "
+                    f"{what}: {name}: got {axis} sharded over {entry!r} where {other} has it over {known!r}, "
                     "expected the same mesh axes (move one of them with jax.sharding.reshard)."
                 )
     return {axis: entry for axis, (_, entry) in found.items()}
 
 
-def _check_disjoint(sharded: dict[str, Any]) -> None:
+def _check_disjoint(layout: axes.Layout, sharded: dict[str, Any]) -> None:
     """Two axes of the results cannot be sharded over one mesh axis."""
     taken: dict[str, str] = {}
     for axis, entry in sharded.items():
@@ -85,8 +87,8 @@ def _check_disjoint(sharded: dict[str, Any]) -> None:
             other = taken.setdefault(mesh_axis, axis)
             if other != axis:
                 raise ValueError(
-                    f"flash_mha: got both {other} and {axis} sharded over mesh axis {mesh_axis!r}, by different "
-                    "operands, expected different mesh axes (move an operand with jax.sharding.reshard)."
+                    f"{layout.function}: got both {other} and {axis} sharded over mesh axis {mesh_axis!r}, by "
+                    "different operands, expected different mesh axes (move an operand with jax.sharding.reshard)."
                 )
 
 
@@ -97,35 +99,35 @@ def _num_shards(mesh: Any, entry: Any) -> int:
     return ways
 
 
-def _typed_head_axes(sharded: dict[str, Any], q_heads: int, kv_heads: int, mesh: Any) -> Any:
+def _typed_head_axes(layout: axes.Layout, sharded: dict[str, Any], q_heads: int, kv_heads: int, mesh: Any) -> Any:
     """The mesh axes of the query heads, after checking that they agree with those of the KV heads."""
     q_entry, kv_entry = sharded.get("q_heads"), sharded.get("kv_heads")
     if q_entry is None:
         return kv_entry
     ways = _num_shards(mesh, q_entry)
     if axes.kv_head_shards(q_heads, kv_heads, ways) is None:
-        raise axes.refuse_heads(q_heads, kv_heads, ways)
+        raise layout.refuse_heads(q_heads, kv_heads, ways)
     if kv_entry is not None and _mesh_axes_of(q_entry)[: len(_mesh_axes_of(kv_entry))] != _mesh_axes_of(kv_entry):
         raise ValueError(
-            f"flash_mha: got query heads sharded over {q_entry!r} and KV heads over {kv_entry!r}, expected the same "
-            "mesh axes (move one of them with jax.sharding.reshard)."
+            f"{layout.function}: got query heads sharded over {q_entry!r} and KV heads over {kv_entry!r}, expected "
+            "the same mesh axes (move one of them with jax.sharding.reshard)."
         )
     return q_entry
 
 
 def _abstract_eval(*avals: Any, statics: AttentionStatics, operands: tuple[str, ...]) -> list[Any]:
-    results = result_names(statics)
+    results, layout = result_names(statics), axes.layout_of(operands)
     shapes = _result_shapes(operands, avals, results)
     q, k = avals[0], avals[1]
     mesh = next((aval.sharding.mesh for aval in avals if not aval.sharding.mesh.empty), q.sharding.mesh)
-    sharded = _typed_axes(operands, avals, mesh)
+    sharded = _typed_axes(layout, operands, avals)
     if sharded:
-        sharded["q_heads"] = _typed_head_axes(sharded, q.shape[-2], k.shape[-2], mesh)
+        sharded["q_heads"] = _typed_head_axes(layout, sharded, q.shape[-2], k.shape[-2], mesh)
         sharded.pop("kv_heads", None)
-        _check_disjoint(sharded)
+        _check_disjoint(layout, sharded)
     typed = []
     for name, shape in zip(results, shapes, strict=True):
-        entries = [sharded.get(axis) for axis in axes.axis_names(name, len(shape))]
+        entries = [sharded.get(axis) for axis in layout.names(name, len(shape))]
         entries = [None if size == 1 else entry for size, entry in zip(shape, entries, strict=True)]
         dtype = q.dtype if name == "out" else jnp.dtype(jnp.float32)
         sharding = NamedSharding(mesh, PartitionSpec(*entries))
@@ -140,10 +142,11 @@ attention_fwd_p.def_abstract_eval(_abstract_eval)
 # Differentiation.
 
 
-def _jvp(primals: Any, tangents: Any, **_: Any) -> Any:
+def _jvp(primals: Any, tangents: Any, *, operands: tuple[str, ...], **_: Any) -> Any:
     raise NotImplementedError(
-        "heed.flash_mha has no gradients yet: this version of heed has the forward pass only, so jax.grad, jax.vjp and "
-        "jax.jvp do not work through it. Use jax.lax.stop_gradient on its operands if no gradient is meant to flow."
+        f"heed.{function_of(operands)} has no gradients yet: this version of heed has the forward pass only, so "
+        "jax.grad, jax.vjp and jax.jvp do not work through it. Use jax.lax.stop_gradient on its operands if no "
+        "gradient is meant to flow."
     )
 
 
@@ -169,22 +172,6 @@ batching.primitive_batchers[attention_fwd_p] = _batch
 # checks every platform that the program is for. What cannot be served raises here, with heed's own error type.
 
 
-def _require_kernel(text: str, platform: str) -> None:
-    if platform not in ("cpu", "cuda"):
-        reason = f"heed has no kernels for the platform {platform}, only for cpu and cuda"
-        raise UnsupportedError(f"flash_mha: {reason}", {platform: reason})
-    target = "cpu" if platform == "cpu" else _cuda_target()
-    require_kernel(resolve_attention(text, target), "flash_mha", target)
-
-
-def _cuda_target() -> str:
-    try:
-        major, minor = str(jax.devices("cuda")[0].compute_capability).split(".")
-    except (RuntimeError, AttributeError, ValueError):  # lowering for a platform that is not here
-        return "cuda"
-    return f"sm_{major}{minor}"
-
-
 def _is_manual(context: Any) -> bool:
     """Whether the program that is being lowered is one device's share (inside `shard_map`): XLA will not divide it."""
     return isinstance(context, mlir.SPMDAxisContext) and set(context.manual_axes) == set(context.mesh.axis_names)
@@ -192,8 +179,8 @@ def _is_manual(context: Any) -> bool:
 
 def _lower(ctx: Any, *values: Any, statics: AttentionStatics, operands: tuple[str, ...]) -> Any:
     text = _problem_text(statics, operands, ctx.avals_in)
-    for platform in ctx.platforms or ctx.module_context.platforms:
-        _require_kernel(text, platform)
+    platforms = ctx.platforms or ctx.module_context.platforms
+    devices.prepare(text, platforms, function_of(operands))
     ffi_target.register()
     partition.register()
     is_manual = _is_manual(ctx.module_context.axis_context)
@@ -206,7 +193,12 @@ def _lower(ctx: Any, *values: Any, statics: AttentionStatics, operands: tuple[st
             {name: aval.shape for name, aval in zip(operands, ctx.avals_in, strict=True)},
             {name: aval.shape for name, aval in zip(result_names(statics), ctx.avals_out, strict=True)},
         )
-    return [_constrain(ctx, x, aval) for x, aval in zip(call.results, ctx.avals_out, strict=True)]
+    results = call.results
+    if "cuda" in platforms:
+        # Where a result is both used and written into a larger array (the stacked outputs of a scan), XLA's GPU compiler
+        # would make two calls of one, to write one result in place. It does not look through a barrier.
+        results = stablehlo.OptimizationBarrierOp(list(results)).results
+    return [_constrain(ctx, x, aval) for x, aval in zip(results, ctx.avals_out, strict=True)]
 
 
 def _constrain(ctx: Any, value: Any, aval: Any) -> Any:
@@ -245,11 +237,12 @@ def _impl(*arrays: Any, statics: AttentionStatics, operands: tuple[str, ...]) ->
 
 def check_placement(operands: Sequence[str], arrays: Sequence[Any]) -> None:
     """Refuses concrete arrays that are sharded along an axis that attention cannot keep sharded."""
+    layout = axes.layout_of(operands)
     for name, array in zip(operands, arrays, strict=True):
         sharding = getattr(array, "sharding", None)
         if sharding is None or type(sharding) is SingleDeviceSharding or sharding.is_fully_replicated:
             continue
         local = sharding.shard_shape(array.shape)
-        for axis, size, local_size in zip(axes.axis_names(name, array.ndim), array.shape, local, strict=True):
+        for axis, size, local_size in zip(layout.names(name, array.ndim), array.shape, local, strict=True):
             if local_size != size and not axes.is_shardable(axis):
-                raise axes.refuse_axis(name, axis, array.shape, f"{-(-size // local_size)} ways")
+                raise layout.refuse_axis(name, axis, array.shape, f"{-(-size // local_size)} ways")

@@ -43,7 +43,7 @@ class Tiling:
         manual = [rank + i for i, kind in enumerate(kinds) if kind == xla_client.OpSharding.Type.MANUAL]
         copies = [rank + i for i, kind in enumerate(kinds) if kind == xla_client.OpSharding.Type.REPLICATED]
         if len(manual) + len(copies) != devices.ndim - rank:
-            raise ValueError(f"flash_mha: cannot read the sharding {sharding}: pass operands that are not unreduced")
+            raise ValueError(f"heed: cannot read the sharding {sharding}: pass operands that are not unreduced")
         counts = [math.prod(devices.shape[i] for i in group) for group in (manual, copies)]
         devices = devices.transpose([*range(rank), *manual, *copies])
         return Tiling(devices.reshape(*devices.shape[:rank], *counts))
@@ -87,18 +87,23 @@ class Split:
     """One way to divide the call.
 
     devices: ids over [lead..., batch, shards of the KV heads, shards that share KV heads, manual, copies].
+    layout: the axes of the call's tensors. A call without a batch axis has size 1 there.
     """
 
     devices: np.ndarray
+    layout: axes.Layout
 
     @property
     def num_lead(self) -> int:
         return self.devices.ndim - 5
 
     @staticmethod
-    def along(name: str, shape: Shape, tiling: Tiling, num_lead: int, q_heads: int, kv_heads: int) -> Split | None:
+    def along(
+        layout: axes.Layout, name: str, shape: Shape, tiling: Tiling, q_heads: int, kv_heads: int
+    ) -> Split | None:
         """The division that follows one tensor's tiles. None if its heads cannot be divided so."""
-        names = axes.axis_names(name, len(shape))
+        names = layout.names(name, len(shape))
+        num_lead = layout.num_lead(name, len(shape))
         wanted = [f"lead{i}" for i in range(num_lead)] + ["batch", "q_heads" if "q_heads" in names else "kv_heads"]
         kept = [names.index(axis) if axis in names else None for axis in wanted]
         rest = [i for i in range(len(names)) if i not in kept]  # token axes of a result: the tiles hold the same rows
@@ -110,14 +115,14 @@ class Split:
         if kv_ways is None or (wanted[-1] == "kv_heads" and kv_ways != ways):
             return None
         manual = tiling.devices.shape[-2]
-        return Split(devices.reshape(*counts, kv_ways, ways // kv_ways, manual, -1))
+        return Split(devices.reshape(*counts, kv_ways, ways // kv_ways, manual, -1), layout)
 
     def tiling(self, name: str, shape: Shape) -> Tiling:
         """How a tensor lies on the devices under this division."""
         lead = self.num_lead
         sources: dict[str, tuple[int, ...]] = {f"lead{i}": (i,) for i in range(lead)}
         sources |= {"batch": (lead,), "q_heads": (lead + 1, lead + 2), "kv_heads": (lead + 1,)}
-        names = axes.axis_names(name, len(shape))
+        names = self.layout.names(name, len(shape))
         kept = [
             () if axis.startswith("lead") and size == 1 else sources.get(axis, ())
             for axis, size in zip(names, shape, strict=True)
