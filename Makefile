@@ -8,8 +8,11 @@ override PROMPT := $(value PROMPT)
 export PROMPT
 endif
 
+# The architectures that `make compile` compiles for.
+ARCHS ?= sm_80 sm_89 sm_90a sm_100
+
 .DEFAULT_GOAL := help
-.PHONY: help demo test bench wheel docs lint format clean
+.PHONY: help demo test test-gpu sanitize-gpu bench bench-gpu compile wheel docs lint format clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 20
@@ -22,9 +25,25 @@ test: ## pytest and the C++ tests; make test PYTEST_ARGS="-k gqa"
 	@scripts/setup.sh test
 	@scripts/test.sh $(PY)
 
+test-gpu: ## the tests that need an NVIDIA GPU; make test-gpu PYTEST_ARGS="-k stream"
+	@scripts/setup.sh test-gpu
+	@HEED_SKIP_CTEST=1 PYTEST_ARGS="-m gpu $(PYTEST_ARGS)" scripts/test.sh $(PY)
+
+sanitize-gpu: ## the GPU kernels under each tool of compute-sanitizer; make sanitize-gpu CASES=causal
+	@scripts/setup.sh test-gpu
+	@scripts/sanitize_gpu.sh $(PY) $(if $(CASES),--only $(CASES))
+
 bench: ## measure heed against what else is installed; make bench BENCH_ARGS="..."
 	@scripts/setup.sh bench
 	@$(PY) bench/cpu_attention_fwd.py $(BENCH_ARGS)
+
+bench-gpu: ## measure heed on an NVIDIA GPU against torch and JAX; make bench-gpu BENCH_ARGS="--quick"
+	@scripts/setup.sh bench-gpu
+	@$(PY) bench/gpu_attention_fwd.py $(BENCH_ARGS)
+
+compile: ## compile all GPU kernels of the ahead-of-time list (needs NVRTC, no GPU); make compile ARCHS="sm_90a"
+	@scripts/setup.sh compile
+	@$(PY) -m heed compile --output build/kernels $(addprefix --arch=,$(ARCHS))
 
 wheel: ## build the wheel into dist/
 	@scripts/setup.sh wheel

@@ -24,6 +24,7 @@ import numpy as np
 
 import heed
 from harness import RESULTS, machine, median_ratio, paired, table, write_json
+from packed import PackedRow, equal_lengths, uneven_lengths
 
 NAME = "cpu_attention_fwd"
 
@@ -179,6 +180,43 @@ def torch_decode(q: Any, caches: Any, turn: Any) -> Callable[[], Any] | None:
     return lambda: attend(query, *inputs[next(turn) % len(inputs)], enable_gqa=True)
 
 
+MAX_UNEVEN_TIME = 1.1  # time of uneven packed sequences over that of equal ones with the same work
+
+
+def measure_packed(rounds: int) -> list[dict[str, Any]]:
+    """flash_mha_varlen on 16 sequences of 64 to 8192 tokens, beside 16 equal ones with as many query-key pairs."""
+    uneven = uneven_lengths()
+    equal = equal_lengths(uneven)
+    results = []
+    for is_causal in (False, True):
+        rows = {
+            "uneven": PackedRow("64 to 8192 tokens", uneven, 4, 64, is_causal),
+            "equal": PackedRow(f"{equal[0]} tokens each", equal, 4, 64, is_causal),
+        }
+        seconds = paired({name: packed_call(row) for name, row in rows.items()}, rounds)
+        results.append(
+            {
+                "row": rows["uneven"].label,
+                "gflops": {name: row.flops / 1e9 / statistics.median(seconds[name]) for name, row in rows.items()},
+                "uneven_over_equal": median_ratio(seconds["uneven"], seconds["equal"])
+                * rows["equal"].flops
+                / rows["uneven"].flops,
+            }
+        )
+    return results
+
+
+def packed_call(row: PackedRow) -> Callable[[], Any]:
+    import jax
+
+    rng = np.random.default_rng(0)
+    shape = (sum(row.lengths), row.heads, row.head_dim)
+    q, k, v = (jax.numpy.asarray(rng.standard_normal(shape, np.float32)) for _ in range(3))
+    offsets = jax.numpy.asarray(row.offsets, jax.numpy.int32)
+    call = jax.jit(functools.partial(heed.flash_mha_varlen, is_causal=row.is_causal))
+    return lambda: call(q, k, v, offsets).block_until_ready()
+
+
 def measure_relations(rounds: int) -> dict[str, float]:
     """How heed's own time follows the dtype and the kept work, on one shape."""
     causal = Row(1, 4096, 8, 8, 128, is_causal=True)
@@ -214,7 +252,6 @@ def measure_scaling(rounds: int) -> float:
 
 
 def child_environment(threads: str) -> dict[str, str]:
-
     return {**os.environ, "HEED_NUM_THREADS": threads}
 
 
@@ -312,11 +349,19 @@ def report(content: dict[str, Any]) -> str:
         ]
         for row in content["decode"]
     ]
+    packed = [
+        [row["row"], f"{row['gflops']['uneven']:.0f}", f"{row['gflops']['equal']:.0f}"]
+        + [f"{row['uneven_over_equal']:.3f}", f"<= {MAX_UNEVEN_TIME}"]
+        + ["met" if row["uneven_over_equal"] <= MAX_UNEVEN_TIME else "MISSED"]
+        for row in content["packed"]
+    ]
+    packed_header = ["flash_mha_varlen, GFLOP/s", "uneven", "equal", "uneven / equal time, same work", "target", ""]
     overhead = [[name, f"{value:.1f}"] for name, value in content["overhead_us"].items()]
     return "\n\n".join(
         [
             table(header, rows),
             table(["GB/s of K and V", "heed", "torch", "plain read"], decode),
+            table(packed_header, packed),
             table(["1 x 4096, 8/8, D 128: time ratio", "measured"], relations),
             table(["one tiny call, microseconds", "measured"], overhead),
         ]
@@ -334,6 +379,7 @@ def main() -> None:
     content: dict[str, Any] = {"machine": machine(), "rounds": arguments.rounds}
     content["rows"] = measure_rows(arguments.rounds)
     content["decode"] = measure_decode(arguments.rounds)
+    content["packed"] = measure_packed(arguments.rounds)
     content["relations"] = measure_relations(arguments.rounds)
     content["relations"]["1 thread / 2 threads"] = measure_scaling(math.ceil(arguments.rounds / 2))
     content["overhead_us"] = measure_overhead()

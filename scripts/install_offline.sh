@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Installs heed and what it needs from a folder of wheels, with no network:
 #
-#   scripts/install_offline.sh WHEEL_DIR [PYTHON] [--target DIR] [--test] [--bench] [--output DIR]
+#   scripts/install_offline.sh WHEEL_DIR [PYTHON] [--target DIR] [--test] [--bench] [--gpu] [--sanitize] [--output DIR]
 #
 #   WHEEL_DIR     holds heed's wheel and those of what the machine lacks (on a machine with a network:
 #                 `make wheel`, then `pip download --dest WHEEL_DIR dist/heed-*.whl pytest hypothesis ...`)
@@ -9,7 +9,12 @@
 #   --target DIR  install into DIR instead of the environment (then set PYTHONPATH=DIR)
 #   --test        then run the tests of this checkout against what was installed
 #   --bench       then run the benchmarks of this checkout
-#   --output DIR  where install.log, pytest.log, bench.log and the benchmark's results go; default: build/offline
+#   --gpu         then, on an NVIDIA GPU: python -m heed doctor, the GPU tests and the GPU benchmark of this checkout
+#   --sanitize    with --gpu: compute-sanitizer on a reduced list too
+#   --output DIR  where the logs (install, pytest, bench, doctor, pytest-gpu, bench-gpu, sanitize) and the benchmarks'
+#                 results go; default: build/offline
+#
+# PYTEST_ARGS, BENCH_ARGS and GPU_BENCH_ARGS hold further arguments.
 #
 # Only what is missing is installed. JAX, jaxlib, NumPy and SciPy that are there already are never replaced: where heed
 # needs newer ones, this stops and says so.
@@ -21,13 +26,15 @@ usage() {
   exit 2
 }
 
-wheels="" python=python3 target="" output=$here/build/offline run_tests="" run_bench=""
+wheels="" python=python3 target="" output=$here/build/offline run_tests="" run_bench="" run_gpu="" run_sanitizer=""
 while (($# > 0)); do
   case $1 in
     --target) target=${2:?--target needs a folder} && shift ;;
     --output) output=${2:?--output needs a folder} && shift ;;
     --test) run_tests=1 ;;
     --bench) run_bench=1 ;;
+    --gpu) run_gpu=1 ;;
+    --sanitize) run_sanitizer=1 ;;
     -*) usage ;;
     *) if [[ -z $wheels ]]; then wheels=$1; else python=$1; fi ;;
   esac
@@ -42,8 +49,8 @@ mkdir -p "$output"
 output=$(cd "$output" && pwd)
 
 extras=()
-if [[ -n $run_tests ]]; then extras+=(--extra test); fi
-if [[ -n $run_bench ]]; then extras+=(--extra bench); fi
+if [[ -n $run_tests || -n $run_gpu ]]; then extras+=(--extra test); fi
+if [[ -n $run_bench || -n $run_gpu ]]; then extras+=(--extra bench); fi
 if [[ -n $target ]]; then
   mkdir -p "$target"
   target=$(cd "$target" && pwd)
@@ -77,9 +84,9 @@ if [[ -n $target ]]; then echo "use it with: export PYTHONPATH=$target"; fi
 
 status=0
 cd "$here"
+workers=()
+if "$python" -c 'import xdist' 2>/dev/null; then workers=(-n "$(($(nproc) < 8 ? $(nproc) : 8))"); fi
 if [[ -n $run_tests ]]; then
-  workers=()
-  if "$python" -c 'import xdist' 2>/dev/null; then workers=(-n "$(($(nproc) < 8 ? $(nproc) : 8))"); fi
   # shellcheck disable=SC2086  # PYTEST_ARGS is a list of words
   "$python" -m pytest -q ${workers[@]+"${workers[@]}"} -p no:cacheprovider ${PYTEST_ARGS:-} 2>&1 |
     tee "$output/pytest.log" || status=1
@@ -88,5 +95,18 @@ if [[ -n $run_bench ]]; then
   # shellcheck disable=SC2086
   "$python" bench/cpu_attention_fwd.py ${BENCH_ARGS:-} 2>&1 | tee "$output/bench.log" || status=1
   cp -r bench/results "$output/" 2>/dev/null || true
+fi
+if [[ -n $run_gpu ]]; then
+  export XLA_PYTHON_CLIENT_PREALLOCATE=false  # several processes share the GPU's memory
+  "$python" -m heed doctor 2>&1 | tee "$output/doctor.log" || status=1
+  # shellcheck disable=SC2086
+  "$python" -m pytest -q -m gpu ${workers[@]+"${workers[@]}"} -p no:cacheprovider ${PYTEST_ARGS:-} 2>&1 |
+    tee "$output/pytest-gpu.log" || status=1
+  # shellcheck disable=SC2086
+  "$python" bench/gpu_attention_fwd.py --output "$output" ${GPU_BENCH_ARGS:-} 2>&1 | tee "$output/bench-gpu.log" ||
+    status=1
+  if [[ -n $run_sanitizer ]]; then
+    scripts/sanitize_gpu.sh "$python" 2>&1 | tee "$output/sanitize.log" || status=1
+  fi
 fi
 exit "$status"

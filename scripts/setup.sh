@@ -1,24 +1,32 @@
 #!/usr/bin/env bash
 # Prepares everything that a job needs on a fresh Debian or Ubuntu, and does no work twice:
 #
-#   scripts/setup.sh wheel|demo|test|bench|docs|lint
+#   scripts/setup.sh wheel|demo|test|test-gpu|bench|bench-gpu|compile|docs|lint
 #
 # System packages (through apt, where root or passwordless sudo allows), a virtual environment in .venv, Python packages,
 # the wheel of this tree built in build/release and installed, and for `test` the C++ tests. A finished step leaves a
 # stamp with the hash of what it was made from and is skipped until that changes. The full output goes to
-# build/setup.log; a failing step prints the end of it.
+# build/setup.log; a failing step prints the end of it. Where there is an NVIDIA GPU, the demo gets a JAX that uses it.
 #
 #   PYTHON       the Python to use (3.11 or newer); default: the first suitable one on PATH
 #   HEED_VENV    where the virtual environment lies; default: .venv
+#   HEED_WITH_GPU  0: set up the demo for the CPU even if there is a GPU
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
+has_gpu() {
+  [[ ${HEED_WITH_GPU:-1} != 0 ]] && nvidia-smi --list-gpus 2>/dev/null | grep -q '^GPU'
+}
+
 job=${1:-}
 case $job in
-  wheel) extras="" ;;
-  demo) extras=examples ;;
+  wheel | compile) extras=kernels ;;
+  demo) extras=examples
+    if has_gpu; then extras+=,gpu; fi ;;
   test) extras=test,examples ;;
+  test-gpu) extras=test,examples,gpu,test-gpu ;;
   bench) extras=bench ;;
+  bench-gpu) extras=bench,gpu,peers ;;
   docs) extras=docs ;;
   lint) extras=dev,test,examples,bench,docs ;;
   *) sed -n '2,4s/^# \{0,1\}//p' "$0" >&2; exit 2 ;;
@@ -199,7 +207,8 @@ install_python_packages() {
   "$venv/bin/python" -m pip install -r build/requirements.txt
 }
 
-build_wheel() {
+build_wheel() { # only the wheel that is to be given away holds compiled GPU kernels: elsewhere NVRTC makes what is needed
+  if [[ $job != wheel ]]; then export HEED_WHEEL_ARCHS=""; fi
   HEED_WITH_CPP_TESTS=$([[ $job == test ]] && echo ON || echo "") scripts/build_wheel.sh "$venv/bin/python"
 }
 
@@ -228,10 +237,15 @@ if ! up_to_date "packages-$extras" "$hash"; then
 fi
 
 hash=$(hash_of CMakeLists.txt cmake include src python pyproject.toml README.md LICENSE scripts/build_wheel.sh)
+kernels="$hash ${HEED_WHEEL_ARCHS-default}"
+if [[ $job == wheel && -f $stamps/wheel ]] && [[ $(cat "$stamps/kernels" 2>/dev/null) != "$kernels" ]]; then
+  rm "$stamps/wheel"
+fi
 if ! up_to_date wheel "$hash"; then
   step "Build heed" build_wheel
   step "Install heed" install_wheel
   stamp wheel "$hash"
+  stamp kernels "$([[ $job == wheel ]] && echo "$kernels" || echo none)"
 else
   step_number=$((step_number + 1))
 fi

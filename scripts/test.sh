@@ -20,6 +20,9 @@ PATH=$(dirname "$python"):$PATH
 closing=("pytest: $(grep -E '^(=+ )?[0-9]+ (passed|failed|error|skipped|deselected)|no tests ran' build/pytest.log | tail -n 1)")
 
 if [[ -z ${HEED_SKIP_CTEST:-} ]]; then
+  # The C++ tests know nothing of Python's packages: the compiler may be the one of the nvidia-cuda-nvrtc wheel.
+  HEED_NVRTC=${HEED_NVRTC:-$("$python" -c 'from heed import _lib; print(_lib.function("jit_info")()["nvrtc_path"])')}
+  export HEED_NVRTC
   ctest --test-dir build/release --output-on-failure 2>&1 | tee build/ctest.log || status=1
   closing+=("ctest:  $(grep -E 'tests passed|No tests were found' build/ctest.log | tail -n 1)")
 fi

@@ -1,0 +1,235 @@
+"""The shapes of the GPU benchmark, who takes part in each, and whether heed's result there is right.
+
+Everyone reads the same tensors [batch, tokens, heads, head dim] and allocates an output per call with torch's
+allocator. PyTorch's `scaled_dot_product_attention` gets transposed views of them, which its backends take as they are.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import heed
+from packed import PackedRow, equal_lengths, uneven_lengths
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+from tolerance import assert_close
+
+Run = Callable[[], Any]
+
+TOKENS = (512, 1024, 2048, 4096, 8192, 16384)
+BATCH_TOKENS = 16384  # batch x tokens of every dense row
+
+
+@dataclass(frozen=True)
+class Row:
+    """One dense shape: sequences of `tokens`, as many as make BATCH_TOKENS. `window` tokens to the left, or -1."""
+
+    group: str
+    tokens: int
+    q_heads: int
+    kv_heads: int
+    head_dim: int
+    is_causal: bool
+    window: int = -1
+    batch_tokens: int = BATCH_TOKENS
+
+    @property
+    def batch(self) -> int:
+        return max(1, self.batch_tokens // self.tokens)
+
+    @property
+    def label(self) -> str:
+        kind = "causal" if self.is_causal else "full"
+        kind += f" window {self.window}" if self.window >= 0 else ""
+        return f"D {self.head_dim}, {self.q_heads}/{self.kv_heads}, S {self.tokens} {kind}"
+
+    @property
+    def flops(self) -> float:
+        """4 B H D per kept query-key pair; a causal mask counts as half of all pairs, a window by its pairs."""
+        s = self.tokens
+        pairs = s * s / 2 if self.is_causal else s * s
+        if self.window >= 0:
+            kept = min(self.window + 1, s)
+            pairs = kept * s - kept * (kept - 1) / 2
+        return 4.0 * self.batch * pairs * self.q_heads * self.head_dim
+
+
+def dense_rows(is_quick: bool) -> list[Row]:
+    """The rows in the order of their importance."""
+    rows = []
+    for group, heads, head_dim in (("d128", 16, 128), ("d64", 32, 64), ("d256", 8, 256)):
+        tokens = (1024, 8192) if is_quick else TOKENS
+        rows += [Row(group, s, heads, heads, head_dim, causal) for causal in (False, True) for s in tokens]
+    gqa_tokens = (4096,) if is_quick else (1024, 4096, 16384)
+    rows += [Row("gqa", s, 32, 8, 128, causal) for causal in (False, True) for s in gqa_tokens]
+    window_tokens = (16384,) if is_quick else (4096, 16384)
+    rows += [Row("window", s, 32, 8, 128, True, 1024) for s in window_tokens]
+    return rows
+
+
+def packed_rows() -> list[tuple[PackedRow, PackedRow]]:
+    """Pairs of the same work: very uneven sequences, and equal ones."""
+    uneven = uneven_lengths()
+    equal = equal_lengths(uneven)
+    return [
+        (
+            PackedRow("64 to 8192 tokens", uneven, 16, 128, causal),
+            PackedRow(f"{equal[0]} tokens each", equal, 16, 128, causal),
+        )
+        for causal in (False, True)
+    ]
+
+
+# Who takes part. Each function makes the inputs' caller for one row, or raises if it cannot serve it.
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """bfloat16 tensors [batch, tokens, heads, head dim]; packed ones lack the first axis and have `offsets`."""
+
+    q: Any
+    k: Any
+    v: Any
+    offsets: Any = None
+
+
+def make_inputs(row: Row, device: str) -> Inputs:
+    import torch
+
+    torch.manual_seed(row.tokens)
+
+    def draw(heads: int) -> Any:
+        return torch.randn(row.batch, row.tokens, heads, row.head_dim, device=device, dtype=torch.bfloat16)
+
+    return Inputs(draw(row.q_heads), draw(row.kv_heads), draw(row.kv_heads))
+
+
+def make_packed_inputs(row: PackedRow, device: str) -> Inputs:
+    import torch
+
+    torch.manual_seed(row.head_dim)
+    shape = (sum(row.lengths), row.heads, row.head_dim)
+    q, k, v = (torch.randn(*shape, device=device, dtype=torch.bfloat16) for _ in range(3))
+    return Inputs(q, k, v, torch.tensor(row.offsets, dtype=torch.int32, device=device))
+
+
+def heed_call(row: Row, x: Inputs) -> Run:
+    window = (row.window, 0) if row.window >= 0 else (-1, -1)
+    return lambda: heed.flash_mha(x.q, x.k, x.v, is_causal=row.is_causal, window_size=window)
+
+
+def heed_full_causal_call(row: Row, x: Inputs) -> Run:
+    """The window row without its window."""
+    return lambda: heed.flash_mha(x.q, x.k, x.v, is_causal=True)
+
+
+def heed_mha_call(row: Row, x: Inputs) -> Run:
+    """The GQA row with as many KV heads as query heads."""
+    k, v = (t.repeat_interleave(row.q_heads // row.kv_heads, dim=2) for t in (x.k, x.v))
+    return lambda: heed.flash_mha(x.q, k, v, is_causal=row.is_causal)
+
+
+def sdpa_call(backend: str) -> Callable[[Row, Inputs], Run]:
+    """torch's scaled_dot_product_attention with one backend forced."""
+
+    def make(row: Row, x: Inputs) -> Run:
+        import torch
+        from torch.nn.attention import SDPBackend, sdpa_kernel
+
+        chosen = getattr(SDPBackend, backend)
+        q, k, v = (t.transpose(1, 2) for t in (x.q, x.k, x.v))
+        attend = torch.nn.functional.scaled_dot_product_attention
+
+        def run() -> Any:
+            with sdpa_kernel(chosen):
+                return attend(q, k, v, is_causal=row.is_causal, enable_gqa=row.q_heads != row.kv_heads)
+
+        return run
+
+    return make
+
+
+def fa2_window_call(row: Row, x: Inputs) -> Run:
+    """torch's FA2 by its own operator, since scaled_dot_product_attention has no windows."""
+    import torch
+
+    attend = torch.ops.aten._flash_attention_forward
+    window = {"window_size_left": row.window, "window_size_right": 0}
+    return lambda: attend(x.q, x.k, x.v, None, None, row.tokens, row.tokens, 0.0, True, False, **window)[0]
+
+
+def fa2_packed_call(row: PackedRow, x: Inputs) -> Run:
+    """torch's FA2 on packed sequences, which takes the longest length from the host."""
+    import torch
+
+    attend, longest = torch.ops.aten._flash_attention_forward, max(row.lengths)
+    causal = row.is_causal
+    return lambda: attend(x.q, x.k, x.v, x.offsets, x.offsets, longest, longest, 0.0, causal, False)[0]
+
+
+def heed_packed_call(row: PackedRow, x: Inputs) -> Run:
+    return lambda: heed.flash_mha_varlen(x.q, x.k, x.v, x.offsets, is_causal=row.is_causal)
+
+
+_SDPA = {"cudnn": sdpa_call("CUDNN_ATTENTION"), "fa2": sdpa_call("FLASH_ATTENTION")}
+CONTENDERS: Mapping[str, Mapping[str, Callable[[Row, Inputs], Run]]] = {
+    "d128": {"heed": heed_call, **_SDPA},
+    "d64": {"heed": heed_call, **_SDPA},
+    "d256": {"heed": heed_call, **_SDPA},
+    "gqa": {"heed": heed_call, "heed MHA": heed_mha_call, **_SDPA},
+    "window": {"heed": heed_call, "heed full causal": heed_full_causal_call, "fa2": fa2_window_call},
+}
+
+
+# Whether heed's result is right: the tests' rule, on rows drawn at random.
+
+
+def wrong_result(row: Row, x: Inputs, out: Any, num_rows: int = 64) -> str | None:
+    """What is wrong with `out` on some query rows, or None. The oracle is float64, by torch, on the tensors' device."""
+    import torch
+
+    rng = np.random.default_rng(row.tokens + row.head_dim)
+    group = row.q_heads // row.kv_heads
+    found, oracle, naive = [], [], []
+    for _ in range(num_rows):
+        b, i, h = (int(rng.integers(size)) for size in (row.batch, row.tokens, row.q_heads))
+        first = max(0, i - row.window) if row.window >= 0 else 0
+        last = i + 1 if row.is_causal else row.tokens
+        q, k, v = x.q[b, i, h], x.k[b, first:last, h // group], x.v[b, first:last, h // group]
+        scale = 1 / math.sqrt(row.head_dim)
+        weights = torch.softmax(k.double() @ q.double() * scale, 0)
+        oracle.append((weights @ v.double()).cpu().numpy())
+        rounded = torch.softmax((k.float() * q.float()).sum(-1) * scale, 0).to(v.dtype)
+        naive.append((rounded.float()[:, None] * v.float()).sum(0).to(v.dtype).float().cpu().numpy())
+        found.append(out[b, i, h].float().cpu().numpy())
+    return _verdict(found, naive, oracle, row.label)
+
+
+def wrong_packed_result(row: PackedRow, x: Inputs, out: Any, num_rows: int = 64) -> str | None:
+    """The same for packed sequences, each of which is a dense row of batch 1."""
+    for begin, length in zip(row.offsets, row.lengths, strict=False):
+        at = slice(begin, begin + length)
+        one = Row("packed", length, row.heads, row.heads, row.head_dim, row.is_causal, batch_tokens=length)
+        inputs = Inputs(x.q[None, at], x.k[None, at], x.v[None, at])
+        wrong = wrong_result(one, inputs, out[None, at], max(4, num_rows // len(row.lengths)))
+        if wrong:
+            return f"the sequence at {begin}: {wrong}"
+    return None
+
+
+def _verdict(found: list[Any], naive: list[Any], oracle: list[Any], what: str) -> str | None:
+    import ml_dtypes
+
+    bfloat16 = ml_dtypes.bfloat16
+    try:
+        assert_close(np.array(found).astype(bfloat16), np.array(naive).astype(bfloat16), oracle, bfloat16, what)
+    except AssertionError as error:
+        return str(error)
+    return None

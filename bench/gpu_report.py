@@ -1,0 +1,413 @@
+"""What the GPU benchmark says: targets met or missed, tables, and the plot. Pure functions of the result's JSON."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gpu_timing import MODES
+from harness import median_ratio, table
+
+Result = Mapping[str, Any]
+
+TITLES = {
+    "d128": "D 128, 16 heads",
+    "d64": "D 64, 32 heads",
+    "d256": "D 256, 8 heads",
+    "gqa": "D 128, 32/8 heads (GQA)",
+    "window": "D 128, 32/8 heads, causal, window 1024",
+}
+PEERS = {"fa2": "FA2 (torch)", "cudnn": "cuDNN (torch)"}
+
+# What this version promises: heed's speed over that of torch's FA2 backend, at least.
+FA2_TARGETS = {"d128": 1.0, "d64": 1.0, "d256": 0.9}
+MAX_GQA_TIME = 1.0  # of the same call with as many KV heads as query heads
+MAX_WINDOW_TIME = 0.15  # of the full causal call at 16384 tokens
+MAX_UNEVEN_TIME = 1.15  # of the same flops in equal sequences
+JIT_TARGETS = {  # name in the result: (what, most seconds)
+    "cold_s": ("cold compile of one kernel, 2 cores", 2.0),
+    "disk_s": ("load of one kernel from disk", 5e-3),
+    "lookup_s": ("lookup of a loaded kernel", 1e-6),
+    "launch_s": ("host cost of one launch", 2e-6),
+}
+
+# What the kernels written for one architecture are to reach on Hopper later: the portable family is judged by the
+# targets above, and shown beside these. For D 128 a ratio to cuDNN (hot, paused); elsewhere TFLOP/s on a card whose
+# 8192^3 bfloat16 product makes 795.
+GOAL_MATMUL_TFLOPS = 795.0
+CUDNN_GOALS = {
+    False: {512: (1.17, 1.17), 1024: (1.17, 1.17), 2048: (1.18, 1.17), 4096: (1.18, 1.17), 8192: (1.21, 1.17),
+            16384: (1.21, 1.17)},
+    True: {512: (1.32, 1.30), 1024: (1.35, 1.33), 2048: (1.32, 1.30), 4096: (1.28, 1.26), 8192: (1.28, 1.26),
+           16384: (1.34, 1.26)},
+}  # fmt: skip
+TFLOPS_GOALS = {
+    ("d64", False): {1024: 465, 4096: 520, 16384: 548},
+    ("d64", True): {1024: 380, 4096: 500, 16384: 560},
+    ("d256", False): {1024: 690, 4096: 760, 16384: 800},
+    ("d256", True): {1024: 470, 4096: 720, 16384: 785},
+    ("gqa", False): {1024: 680, 4096: 685, 16384: 695},
+    ("gqa", True): {1024: 600, 4096: 680, 16384: 740},
+    ("window", True): {4096: 620, 16384: 640},
+}
+PACKED_GOALS = {False: 600, True: 560}
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One target beside what was measured; `measured` is None where nothing was."""
+
+    target: str
+    bound: float
+    is_at_least: bool
+    measured: float | None
+    unit: str = ""
+    where: str = ""  # the row and mode, for a target that has several
+
+    @property
+    def is_met(self) -> bool | None:
+        if self.measured is None:
+            return None
+        return self.measured >= self.bound if self.is_at_least else self.measured <= self.bound
+
+    @property
+    def word(self) -> str:
+        return {True: "met", False: "MISSED", None: "not measured"}[self.is_met]
+
+    @property
+    def title(self) -> str:
+        return f"{self.target}, {self.where}" if self.where else self.target
+
+    @property
+    def number(self) -> str:
+        return "-" if self.measured is None else f"{self.measured:.4g}{self.unit}"
+
+    @property
+    def bound_text(self) -> str:
+        return f"{'>=' if self.is_at_least else '<='} {self.bound:.4g}{self.unit}"
+
+
+def verdict_table(found: list[Verdict]) -> str:
+    """One line for each target: the worst of its rows, and how many met it."""
+    lines = []
+    for target in dict.fromkeys(verdict.target for verdict in found):
+        same = [verdict for verdict in found if verdict.target == target]
+        measured = [verdict for verdict in same if verdict.measured is not None]
+        if not measured:
+            lines.append([target, same[0].bound_text, "-", "", "not measured"])
+            continue
+        worst = (min if same[0].is_at_least else max)(measured, key=lambda verdict: verdict.measured or 0.0)
+        met = sum(verdict.is_met is True for verdict in same)
+        word = worst.word if len(same) == 1 else f"{met} of {len(same)} met"
+        lines.append([target, worst.bound_text, worst.number, worst.where, word])
+    missed = [v for v in found if v.is_met is False]
+    parts = [table(["target", "bound", "worst", "where", ""], lines)]
+    parts += [f"MISSED: {v.title}: {v.number}, {v.bound_text} was asked" for v in missed]
+    return "\n".join(parts)
+
+
+def speed(row: Result, mode: str, name: str) -> float | None:
+    """TFLOP/s, or None where it was not measured."""
+    samples = row["seconds"].get(mode, {}).get(name)
+    return row["tflop"] / statistics.median(samples) if samples else None
+
+
+def time_ratio(row: Result, mode: str, numerator: str, denominator: str) -> float | None:
+    """Median over the rounds of the paired ratio of times, or None."""
+    seconds = row["seconds"].get(mode, {})
+    if not seconds.get(numerator) or not seconds.get(denominator):
+        return None
+    return median_ratio(seconds[numerator], seconds[denominator])
+
+
+def of_group(content: Result, group: str) -> list[Result]:
+    return [row for row in content.get("rows", []) if row["group"] == group]
+
+
+def verdicts(content: Result) -> list[Verdict]:
+    """Every target of this version, whether it was measured or not."""
+    return [*_speed_verdicts(content), *_relation_verdicts(content), *_jit_verdicts(content)]
+
+
+def _speed_verdicts(content: Result) -> Iterator[Verdict]:
+    """One line for each row and mode against torch's FA2."""
+    for group, bound in FA2_TARGETS.items():
+        rows = of_group(content, group)
+        target = f"{TITLES[group]}: speed / FA2's"
+        if not rows:
+            yield Verdict(target, bound, True, None)
+        for row in rows:
+            for mode in MODES:
+                yield Verdict(target, bound, True, time_ratio(row, mode, "fa2", "heed"), where=_where(row, mode))
+
+
+def _where(row: Result, mode: str) -> str:
+    kind = "causal" if row["is_causal"] else "full"
+    return f"S {row['tokens']} {kind}, {mode}" if "tokens" in row else f"{kind}, {mode}"
+
+
+def _relation_verdicts(content: Result) -> Iterator[Verdict]:
+    """heed's own times against each other."""
+    relations = [
+        ("gqa", None, "heed MHA", "GQA 32/8: time / MHA's", MAX_GQA_TIME),
+        ("window", 16384, "heed full causal", "causal window 1024 at 16384: time / full causal", MAX_WINDOW_TIME),
+    ]
+    for group, tokens, other, what, bound in relations:
+        rows = [row for row in of_group(content, group) if tokens in (None, row["tokens"])]
+        if not rows:
+            yield Verdict(what, bound, False, None)
+        for row in rows:
+            for mode in MODES:
+                ratio = time_ratio(row, mode, "heed", other)
+                yield Verdict(what, bound, False, ratio, where=_where(row, mode))
+    packed = content.get("packed", [])
+    what = "varlen: uneven time / equal, same flops"
+    if not packed:
+        yield Verdict(what, MAX_UNEVEN_TIME, False, None)
+    for row in packed:
+        for mode in MODES:
+            yield Verdict(what, MAX_UNEVEN_TIME, False, uneven_ratio(row, mode), where=_where(row, mode))
+
+
+def uneven_ratio(row: Result, mode: str) -> float | None:
+    """Time of the uneven sequences over that of equal ones, at equal work."""
+    ratio = time_ratio(row, mode, "heed", "heed equal")
+    return None if ratio is None else ratio * row["equal_tflop"] / row["tflop"]
+
+
+def _jit_verdicts(content: Result) -> Iterator[Verdict]:
+    for name, (what, bound) in JIT_TARGETS.items():
+        scale, unit = (1.0, " s") if bound >= 1 else (1e3, " ms") if bound >= 1e-3 else (1e6, " us")
+        measured = content.get("jit", {}).get(name)
+        yield Verdict(what, bound * scale, False, None if measured is None else measured * scale, unit)
+
+
+# Tables.
+
+
+def _number(value: float | None, digits: int) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
+def goal(row: Result, mode: str, matmul_tflops: float | None) -> float | None:
+    """The goal of the Hopper kernels in TFLOP/s in this run, or None where there is none to compare with."""
+    if row["group"] == "d128":
+        cudnn = speed(row, mode, "cudnn")
+        factors = CUDNN_GOALS[row["is_causal"]].get(row["tokens"])
+        return None if cudnn is None or factors is None else cudnn * factors[MODES.index(mode)]
+    absolute = TFLOPS_GOALS.get((row["group"], row["is_causal"]), {}).get(row["tokens"])
+    if absolute is None or matmul_tflops is None:
+        return None
+    return absolute * matmul_tflops / GOAL_MATMUL_TFLOPS
+
+
+def dense_table(content: Result, group: str) -> str:
+    """One group: speeds and ratios hot and paused, the target, and the share of the Hopper kernels' goal."""
+    extras = {"gqa": ("/ MHA time", "heed MHA"), "window": ("/ full time", "heed full causal")}
+    bound = FA2_TARGETS.get(group)
+    matmul = content.get("ceilings", {}).get("matmul_tflops")
+    header = [TITLES[group]]
+    for mode in MODES:
+        header += [f"{mode}: heed", "FA2", "cuDNN", "x FA2", "x cuDNN"]
+        if group in extras:
+            header.append(extras[group][0])
+        header.append("of goal")
+    header += ["x FA2 target"] if bound is not None else []
+    lines = []
+    for row in of_group(content, group):
+        cells = [f"S {row['tokens']} {'causal' if row['is_causal'] else 'full'}"]
+        ratios = []
+        for mode in MODES:
+            cells += [_number(speed(row, mode, name), 0) for name in ("heed", "fa2", "cudnn")]
+            ratios.append(time_ratio(row, mode, "fa2", "heed"))
+            cells += [_number(ratios[-1], 2), _number(time_ratio(row, mode, "cudnn", "heed"), 2)]
+            if group in extras:
+                cells.append(_number(time_ratio(row, mode, "heed", extras[group][1]), 3))
+            wanted, got = goal(row, mode, matmul), speed(row, mode, "heed")
+            cells.append("-" if wanted is None or got is None else f"{got / wanted:.2f}")
+        if bound is not None:
+            measured = [ratio for ratio in ratios if ratio is not None]
+            word = "not measured" if not measured else "met" if min(measured) >= bound else "MISSED"
+            cells.append(f"{bound:.1f} {word}")
+        lines.append(cells)
+    return table(header, lines)
+
+
+def packed_table(content: Result) -> str:
+    matmul = content.get("ceilings", {}).get("matmul_tflops")
+    header = ["varlen, D 128, 16 heads, TFLOP/s"]
+    for mode in MODES:
+        header += [f"{mode}: heed", "heed, equal lengths", "FA2", "uneven / equal time", "of goal"]
+    lines = []
+    for row in content["packed"]:
+        cells = [row["label"]]
+        for mode in MODES:
+            got, samples = speed(row, mode, "heed"), row["seconds"].get(mode, {}).get("heed equal")
+            equal = row["equal_tflop"] / statistics.median(samples) if samples else None
+            wanted = PACKED_GOALS[row["is_causal"]] * matmul / GOAL_MATMUL_TFLOPS if matmul else None
+            cells += [_number(got, 0), _number(equal, 0), _number(speed(row, mode, "fa2"), 0)]
+            cells += [_number(uneven_ratio(row, mode), 3)]
+            cells.append("-" if wanted is None or got is None else f"{got / wanted:.2f}")
+        lines.append(cells)
+    return table(header, lines)
+
+
+def jax_table(content: Result) -> str:
+    header = ["JAX, D 128, 16 heads, TFLOP/s"]
+    for mode in MODES:
+        header += [f"{mode}: heed", "jax.nn cuDNN", "x jax.nn"]
+    lines = []
+    for row in content["jax"]["rows"]:
+        cells = [f"S {row['tokens']} {'causal' if row['is_causal'] else 'full'}"]
+        for mode in MODES:
+            cells += [_number(speed(row, mode, name), 0) for name in ("heed", "cudnn")]
+            cells.append(_number(time_ratio(row, mode, "cudnn", "heed"), 2))
+        lines.append(cells)
+    return table(header, lines)
+
+
+def absences(content: Result) -> list[str]:
+    """Who took no part, and why: each reason once, with where it was given."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for row in [*content.get("rows", []), *content.get("packed", [])]:
+        for name, reason in row["absent"].items():
+            found.setdefault((PEERS.get(name, name), reason), []).append(row["label"])
+    for row in content.get("jax", {}).get("rows", []):
+        for name, reason in row["absent"].items():
+            found.setdefault(("JAX's cuDNN" if name == "cudnn" else name, reason), []).append(row["label"])
+    lines = []
+    for (name, reason), labels in found.items():
+        where = labels[0] if len(labels) == 1 else f"{len(labels)} rows, the first: {labels[0]}"
+        lines.append(f"{name} absent ({where}): {reason}")
+    return lines + [f"{part} absent: {reason}" for part, reason in content.get("failed", {}).items()]
+
+
+def wrong_results(content: Result) -> list[str]:
+    rows = [*content.get("rows", []), *content.get("packed", [])]
+    return [f"WRONG RESULT: {row['wrong']}" for row in rows if row.get("wrong")]
+
+
+def report(content: Result) -> str:
+    """Everything as Markdown, the verdicts last."""
+    parts = [dense_table(content, group) for group in TITLES if of_group(content, group)]
+    if content.get("packed"):
+        parts.append(packed_table(content))
+    if content.get("jax", {}).get("rows"):
+        parts.append(jax_table(content))
+    overhead = content.get("jax", {}).get("overhead_us", {})
+    if overhead:
+        parts.append(table(["one tiny call, microseconds", "measured"], [[k, f"{v:.1f}"] for k, v in overhead.items()]))
+    details = content.get("jit", {}).get("details", {})
+    if details:
+        parts.append(table(["JIT", "measured"], [[k, str(v)] for k, v in details.items()]))
+    ceilings = content.get("ceilings", {})
+    if ceilings:
+        parts.append(
+            f"Ceilings in this run: bfloat16 8192^3 matmul {ceilings['matmul_tflops']:.0f} TFLOP/s, "
+            f"device copy {ceilings['copy_tb_per_s']:.2f} TB/s read and written."
+        )
+    parts += absences(content) + [f"skipped, out of time: {name}" for name in content.get("skipped", [])]
+    parts += wrong_results(content)
+    found = verdicts(content)
+    parts.append(verdict_table(found))
+    counts = {word: sum(v.word == word for v in found) for word in ("met", "MISSED", "not measured")}
+    parts.append(f"targets: {counts['met']} met, {counts['MISSED']} missed, {counts['not measured']} not measured")
+    return "\n\n".join(parts)
+
+
+README_BEGIN = "<!-- bench-gpu:begin (written by bench/gpu_attention_fwd.py --readme) -->"
+README_END = "<!-- bench-gpu:end -->"
+
+
+def about_line(content: Result) -> str:
+    """The machine and versions in one line."""
+    about = content["machine"]
+    versions = {"driver": about["driver"], "CUDA": about["cuda"], "cuDNN": about["cudnn"], **about["versions"]}
+    shown = ", ".join(f"{name} {version}" for name, version in versions.items() if version)
+    return f"{about['gpu']}, bfloat16, TFLOP/s; {shown}; {about['date']}"
+
+
+def readme_block(content: Result, plot_path: str) -> str:
+    """The README's short form: speeds and ratios after a pause, and the targets met."""
+    header = ["TFLOP/s, batch x S = 16384", "heed", "torch FA2", "torch cuDNN", "x FA2", "x cuDNN"]
+    lines = []
+    for group in FA2_TARGETS:
+        for row in of_group(content, group):
+            cells = [f"{TITLES[group]}, S {row['tokens']} {'causal' if row['is_causal'] else 'full'}"]
+            cells += [_number(speed(row, "paused", name), 0) for name in ("heed", "fa2", "cudnn")]
+            cells += [_number(time_ratio(row, "paused", name, "heed"), 2) for name in ("fa2", "cudnn")]
+            lines.append(cells)
+    found = [verdict for verdict in verdicts(content) if verdict.is_met is not None]
+    missed = [f"{v.title}: {v.number} ({v.bound_text})" for v in found if not v.is_met]
+    summary = f"{len(found) - len(missed)} of {len(found)} targets were met."
+    if missed:
+        summary += f" Missed: {'; '.join(missed)}."
+    return "\n\n".join(
+        [
+            f"{about_line(content)}. Each block of launches follows 0.12 s of idling; causal counts as half the work. "
+            "The ratios are medians of paired time ratios; all contenders alternate in one process. "
+            "[docs/gpu.md](docs/gpu.md) says how it is measured.",
+            table(header, lines),
+            f"![Attention forward on the GPU: heed, torch's FA2 and cuDNN]({plot_path})",
+            summary,
+        ]
+    )
+
+
+def rewritten_readme(text: str, block: str) -> str:
+    """The README with the block between its markers replaced."""
+    before, begin, rest = text.partition(README_BEGIN)
+    _, end, after = rest.partition(README_END)
+    if not begin or not end:
+        raise ValueError(f"the markers {README_BEGIN!r} and {README_END!r} are missing")
+    return f"{before}{README_BEGIN}\n\n{block}\n\n{README_END}{after}"
+
+
+# The plot.
+
+
+def plot(content: Result, path: Path) -> bool:
+    """Speed over the length, paused, one panel for each head dim and mask. False where there is nothing to draw."""
+    groups = [group for group in ("d64", "d128", "d256") if of_group(content, group)]
+    if not groups:
+        return False
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    names = {"heed": "heed", "fa2": "torch FA2", "cudnn": "torch cuDNN"}
+    colors = {"heed": "#1f6f8b", "fa2": "#e07b39", "cudnn": "#9aa5b1"}
+    figure, panels = plt.subplots(2, len(groups), figsize=(4.4 * len(groups), 7), squeeze=False, sharey="col")
+    for column, group in enumerate(groups):
+        highest = 0.0
+        for line, is_causal in enumerate((False, True)):
+            axes = panels[line][column]
+            rows = [row for row in of_group(content, group) if row["is_causal"] == is_causal]
+            for name, label in names.items():
+                points = [(row["tokens"], speed(row, "paused", name)) for row in rows]
+                points = [(tokens, value) for tokens, value in points if value is not None]
+                if points:
+                    highest = max(highest, *(value for _, value in points if value is not None))
+                    axes.plot(*zip(*points, strict=True), marker="o", label=label, color=colors[name])
+            tokens = [row["tokens"] for row in rows]
+            axes.set_xscale("log", base=2)
+            axes.set_xticks(tokens, [str(n) for n in tokens], fontsize=8)
+            axes.set_title(f"{TITLES[group]}, {'causal' if is_causal else 'full'}", fontsize=10)
+            axes.spines[["top", "right"]].set_visible(False)
+            axes.grid(axis="y", alpha=0.3)
+        panels[0][column].set_ylim(0, 1.08 * highest or 1)  # of both: they share the axis
+    if panels[0][0].get_legend_handles_labels()[0]:
+        panels[0][0].legend(frameon=False)
+    for axes_row in panels:
+        axes_row[0].set_ylabel("TFLOP/s (causal counted as half)")
+    for axes in panels[-1]:
+        axes.set_xlabel("tokens (batch x tokens = 16384)")
+    about = content.get("machine", {})
+    figure.suptitle(f"Attention forward, bfloat16, {about.get('gpu', 'GPU')}, paused", fontsize=11)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    return True
