@@ -35,7 +35,7 @@ class Shaped:
 
 @dataclass(frozen=True)
 class Call:
-    """One call of `heed.flash_mha`, by its sizes and options."""
+    """One call of `heed.flash_mha` or `heed.flash_mha_varlen`, by its sizes and options."""
 
     q_len: int = 128
     kv_len: int = 128
@@ -44,12 +44,21 @@ class Call:
     head_dim: int = 64
     head_dim_v: int = 64
     options: dict[str, Any] = field(default_factory=dict)
+    is_varlen: bool = False  # q_len and kv_len are then those of all sequences
 
     def explain(self, dtype: str, target: str) -> heed.Explanation:
+        if self.is_varlen:
+            return self._explain_varlen(dtype, target)
         q = Shaped((2, self.q_len, self.q_heads, self.head_dim), dtype)
         k = Shaped((2, self.kv_len, self.kv_heads, self.head_dim), dtype)
         v = Shaped((2, self.kv_len, self.kv_heads, self.head_dim_v), dtype)
         return heed.explain(heed.flash_mha, q, k, v, target=target, **self.options)
+
+    def _explain_varlen(self, dtype: str, target: str) -> heed.Explanation:
+        q = Shaped((self.q_len, self.q_heads, self.head_dim), dtype)
+        k = Shaped((self.kv_len, self.kv_heads, self.head_dim), dtype)
+        v = Shaped((self.kv_len, self.kv_heads, self.head_dim_v), dtype)
+        return heed.explain(heed.flash_mha_varlen, q, k, v, _OFFSETS, target=target, **self.options)
 
 
 def _head(dim: int) -> Call:
@@ -58,8 +67,15 @@ def _head(dim: int) -> Call:
 
 _PER_HEAD = Shaped((8,), "float32")
 _IDS = Shaped((2, 128), "int32")
+_OFFSETS = Shaped((5,), "int32")  # of four sequences
+_USED = Shaped((4,), "int32")
 
-FEATURES: dict[str, Iterable[Call]] = {
+
+def _varlen(**options: Any) -> Call:
+    return Call(options=options, is_varlen=True)
+
+
+DENSE: dict[str, Iterable[Call]] = {
     "plain attention, every head dim from 1 to 256": [_head(dim) for dim in HEAD_DIMS],
     "value head dim other than the query's": [Call(head_dim=192, head_dim_v=128), Call(head_dim=64, head_dim_v=256)],
     "grouped and multi-query heads (GQA, MQA)": [Call(kv_heads=heads) for heads in (1, 2, 4)],
@@ -78,6 +94,29 @@ FEATURES: dict[str, Iterable[Call]] = {
     "deterministic=True": [Call(options={"deterministic": True})],
 }
 
+VARLEN: dict[str, Iterable[Call]] = {
+    "packed sequences, every head dim from 1 to 256": [
+        Call(head_dim=dim, head_dim_v=dim, is_varlen=True) for dim in HEAD_DIMS
+    ],
+    "value head dim other than the query's": [Call(head_dim=192, head_dim_v=128, is_varlen=True)],
+    "grouped and multi-query heads (GQA, MQA)": [Call(kv_heads=heads, is_varlen=True) for heads in (1, 2, 4)],
+    "own lengths for keys, and seqused_k": [
+        Call(kv_len=300, options={"cu_seqlens_k": _OFFSETS, **used}, is_varlen=True)
+        for used in ({}, {"seqused_k": _USED})
+    ],
+    "causal mask, bottom-right and top-left": [
+        _varlen(is_causal=True, causal_align=align) for align in ("bottom_right", "top_left")
+    ],
+    "window on either side": [_varlen(window_size=size) for size in ((64, 0), (0, 64), (32, 32), (64, -1))],
+    "soft cap": [_varlen(softcap=30.0)],
+    "sinks": [_varlen(sinks=_PER_HEAD)],
+    "ALiBi": [_varlen(alibi_slopes=_PER_HEAD)],
+    "log-sum-exp output": [_varlen(return_lse=True)],
+    "deterministic=True": [_varlen(deterministic=True)],
+}
+
+TABLES = {"`flash_mha` forward": DENSE, "`flash_mha_varlen` forward": VARLEN}
+
 
 def _cell(calls: Iterable[Call], target: str) -> str:
     """The dtypes in which every one of the calls is served on the target."""
@@ -85,18 +124,24 @@ def _cell(calls: Iterable[Call], target: str) -> str:
     return ", ".join(served) or "no"
 
 
-def table() -> str:
-    """The table in Markdown, with the reasons of targets that serve nothing."""
-    cells = {feature: [_cell(list(calls), target) for target in TARGETS] for feature, calls in FEATURES.items()}
-    rows = [["`flash_mha` forward", *(f"`{target}`" for target in TARGETS)], ["---"] * (len(TARGETS) + 1)]
+def _table(title: str, features: dict[str, Iterable[Call]]) -> str:
+    """One table in Markdown, with the reasons of targets that serve nothing of it."""
+    cells = {feature: [_cell(list(calls), target) for target in TARGETS] for feature, calls in features.items()}
+    rows = [[title, *(f"`{target}`" for target in TARGETS)], ["---"] * (len(TARGETS) + 1)]
     rows += [[feature, *row] for feature, row in cells.items()]
     lines = ["| " + " | ".join(row) + " |" for row in rows]
+    first = next(iter(features.values()))
     for column, target in enumerate(TARGETS):
         if all(row[column] == "no" for row in cells.values()):
-            reasons = Call().explain("bfloat16", target).reasons
+            reasons = next(iter(first)).explain("bfloat16", target).reasons
             lines += ["", f"No kernel serves `{target}`:", ""]
             lines += [f"- `{name}`: {reason}" for name, reason in reasons.items()]
     return "\n".join(lines)
+
+
+def table() -> str:
+    """All tables in Markdown."""
+    return "\n\n".join(_table(title, features) for title, features in TABLES.items())
 
 
 def _rewritten(text: str, block: str) -> str:

