@@ -27,7 +27,7 @@ test: ## pytest and the C++ tests; make test PYTEST_ARGS="-k gqa"
 
 test-gpu: ## the tests that need an NVIDIA GPU; make test-gpu PYTEST_ARGS="-k stream"
 	@scripts/setup.sh test-gpu
-	@HEED_SKIP_CTEST=1 PYTEST_ARGS="-m gpu $(PYTEST_ARGS)" scripts/test.sh $(PY)
+	@HEED_REQUIRE_GPU=1 HEED_SKIP_CTEST=1 PYTEST_ARGS="-m gpu $(PYTEST_ARGS)" scripts/test.sh $(PY)
 
 sanitize-gpu: ## the GPU kernels under each tool of compute-sanitizer; make sanitize-gpu CASES=causal
 	@scripts/setup.sh test-gpu

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 CORES = 2
-OTHER_KERNEL = "probe Probe<1>"  # a small one, not the one that is timed
+OTHER_KERNEL = "probe Probe<64>"  # a small one, not the one that is timed
 
 
 def library_dir() -> Path:

@@ -108,21 +108,13 @@ def load(screen: Screen, prompt_text: str, max_new_tokens: int, wanted_device: s
     return Model(params, config, tokenizer, device, kernel), prompt
 
 
-def target_of(device: jax.Device) -> str:
-    """What heed calls the device's architecture: "cpu", "sm_90", ..."""
-    if device.platform == "cpu":
-        return "cpu"
-    capability = str(getattr(device, "compute_capability", "")).replace(".", "")
-    return f"sm_{capability}" if capability.isdigit() else "cuda"
-
-
 def explain(config: LlamaConfig, device: jax.Device) -> heed.Explanation:
     """Which kernel serves the model's attention calls on the device."""
     q, kv = (
-        jax.ShapeDtypeStruct((1, BUCKET_TOKENS, num_heads, config.head_dim), np.float32)
+        jax.device_put(np.zeros((1, BUCKET_TOKENS, num_heads, config.head_dim), np.float32), device)
         for num_heads in (config.num_q_heads, config.num_kv_heads)
     )
-    return heed.explain(heed.flash_mha, q, kv, kv, is_causal=True, target=target_of(device))
+    return heed.explain(heed.flash_mha, q, kv, kv, is_causal=True)
 
 
 def choose_device(wanted: str, config: LlamaConfig) -> tuple[jax.Device, str]:

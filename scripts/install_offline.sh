@@ -100,8 +100,8 @@ if [[ -n $run_gpu ]]; then
   export XLA_PYTHON_CLIENT_PREALLOCATE=false  # several processes share the GPU's memory
   "$python" -m heed doctor 2>&1 | tee "$output/doctor.log" || status=1
   # shellcheck disable=SC2086
-  "$python" -m pytest -q -m gpu ${workers[@]+"${workers[@]}"} -p no:cacheprovider ${PYTEST_ARGS:-} 2>&1 |
-    tee "$output/pytest-gpu.log" || status=1
+  HEED_REQUIRE_GPU=1 "$python" -m pytest -q -m gpu ${workers[@]+"${workers[@]}"} -p no:cacheprovider \
+    ${PYTEST_ARGS:-} 2>&1 | tee "$output/pytest-gpu.log" || status=1
   # shellcheck disable=SC2086
   "$python" bench/gpu_attention_fwd.py --output "$output" ${GPU_BENCH_ARGS:-} 2>&1 | tee "$output/bench-gpu.log" ||
     status=1

@@ -1,7 +1,8 @@
 """Shared by all tests: JAX's devices, markers, the seed of random tests, the faces under test.
 
 Tests marked `gpu` run only if they are asked for (`-m gpu`, which is what `make test-gpu` does); a run without that is
-one of the CPU, on a machine with GPUs too.
+one of the CPU, on a machine with GPUs too. With HEED_REQUIRE_GPU=1 they fail the run where JAX sees no GPU, instead of
+being skipped.
 """
 
 from __future__ import annotations
@@ -33,6 +34,8 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "multi_gpu: needs two NVIDIA GPUs (and the marker gpu)")
     if not re.search(r"(?<!not )\bgpu\b", str(config.getoption("markexpr", ""))):
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    if os.environ.get("HEED_REQUIRE_GPU") == "1" and not gpu_devices():
+        raise pytest.UsageError("HEED_REQUIRE_GPU=1: JAX sees no NVIDIA GPU (this needs pytest -m gpu and jax[cuda13])")
 
 
 @functools.cache

@@ -56,7 +56,7 @@ def allowed_spill_bytes(text: str, arch: str) -> int | None:
     dim = largest_head_dim(text)
     if dim is not None and dim > 128:
         return None
-    return 192 if "kFloat32" in text and dim == 128 and arch != "sm_90a" else 0
+    return 128 if "kFloat32" in text and dim == 128 and arch != "sm_90a" else 0
 
 
 @needs_nvrtc

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -39,7 +41,7 @@ def test_without_a_driver_it_says_so_and_that_is_no_problem() -> None:
     code = (
         "from heed import _lib, _doctor\n"
         "real = _lib.function\n"
-        "nothing = {'driver_version': 0, 'why_no_driver': 'none was found', 'devices': []}\n"
+        "nothing = {'driver_version': 0, 'has_driver': False, 'why_no_driver': 'none was found', 'devices': []}\n"
         "_lib.function = lambda name: (lambda: nothing) if name == 'gpu_info' else real(name)\n"
         "raise SystemExit(_doctor.doctor())\n"
     )
@@ -49,12 +51,22 @@ def test_without_a_driver_it_says_so_and_that_is_no_problem() -> None:
     assert "GPU 0" not in done.stdout and "problem:" not in done.stdout
 
 
+@pytest.mark.skipif(shutil.which("cc") is None, reason="there is no C compiler")
+def test_a_driver_that_cannot_be_used_is_a_problem(tmp_path: Path) -> None:
+    """A library of the driver's name that has none of its functions."""
+    subprocess.run(["cc", "-shared", "-x", "c", "/dev/null", "-o", str(tmp_path / "libcuda.so.1")], check=True)
+    done = run("from heed._doctor import doctor; raise SystemExit(doctor())", LD_LIBRARY_PATH=str(tmp_path))
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert rows_of(done.stdout)["NVIDIA driver"].strip() == "cannot be used"
+    assert "problem: the NVIDIA driver is too old" in done.stdout
+
+
 def test_a_gpu_that_cannot_be_used_is_a_problem() -> None:
     code = (
         "from heed import _lib, _doctor\n"
         "real = _lib.function\n"
         "gpu = {'name': 'H200', 'capability': 90, 'arch': 'sm_90a'}\n"
-        "info = {'driver_version': 13000, 'why_no_driver': '', 'devices': [gpu]}\n"
+        "info = {'driver_version': 13000, 'has_driver': True, 'why_no_driver': '', 'devices': [gpu]}\n"
         "def broken(*_):\n"
         "    raise RuntimeError('NVRTC was not found')\n"
         "fakes = {'gpu_info': lambda: info, 'jit_compile': broken}\n"

@@ -343,8 +343,9 @@ def test_explain_names_the_gpu_kernel(torch: Any) -> None:
 
 def capture(torch: Any, call: Any) -> tuple[Any, Any]:
     """A graph of the call, and its results, which every replay writes anew."""
+    # In the default mode a call to CUDA by any other thread, such as JAX's, would end the capture.
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         results = call()
     return graph, results
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ import pytest
 import heed
 from expected import Expected, expected
 from gpu_process import REPLAYS, STEPS
+from heed._lib import library_dir
 from jax_cases import OPTIONS, keywords, make_operands
 
 pytestmark = pytest.mark.gpu
@@ -115,7 +117,12 @@ def test_an_exported_program_runs_without_a_cache_of_kernels(tmp_path: Path) -> 
     pytest.importorskip("flatbuffers")
     (tmp_path / "platforms.json").write_text(json.dumps(["cuda"]))
     run_process("export", tmp_path, JAX_PLATFORMS="cpu", CUDA_VISIBLE_DEVICES="")
-    found = run_process("exported", tmp_path, HEED_CACHE_DIR=str(tmp_path / "kernels"))
+    shutil.copytree(library_dir(), tmp_path / "lib", ignore=shutil.ignore_patterns("heed-kernels"))
+    kernels = tmp_path / "kernels"
+    found = run_process(
+        "exported", tmp_path, HEED_LIB_DIR=str(tmp_path / "lib"), HEED_AOT_DIR="", HEED_CACHE_DIR=str(kernels)
+    )
+    assert list(kernels.glob("*.kernel")), "no kernel was compiled"
     expected_case(make_operands(batch=4)).check(found["results"]["out"], found["results"]["lse"], "compiled anew")
 
 

@@ -372,3 +372,26 @@ def test_cache_commands_on_an_empty_cache(environment: dict[str, str]) -> None:
     assert command(environment, "cache", "verify").returncode == 0
     assert "removed 0 files" in command(environment, "cache", "clear").stdout
     assert command(environment, "cache").returncode == 2
+
+
+@pytest.mark.parametrize("action", ["list", "verify"])
+def test_cache_commands_refuse_a_folder_that_does_not_exist(
+    action: str, environment: dict[str, str], tmp_path: Path
+) -> None:
+    folder = str(tmp_path / "none")
+    process = command(environment, "cache", action, folder)
+    assert (process.returncode, process.stdout) == (2, "")
+    assert process.stderr == f"heed cache: folder: got {folder!r}, expected one that exists\n"
+
+
+def test_cache_clear_takes_no_folder(environment: dict[str, str], tmp_path: Path) -> None:
+    process = command(environment, "cache", "clear", str(tmp_path / "none"))
+    assert process.returncode == 2 and "unrecognized arguments" in process.stderr
+
+
+@pytest.mark.parametrize("device", [-1, 64, 2**32])
+def test_devices_that_cannot_be_are_value_errors(device: int) -> None:
+    calls = {"cuda_target": (), "jit_load": ("probe Probe<64>",), "attention_fwd_load": ("",)}
+    for name, arguments in calls.items():
+        with pytest.raises(ValueError, match=f"got CUDA device {device}, expected one from 0 to 63"):
+            function(name)(*arguments, device)

@@ -63,7 +63,7 @@ def flash_mha(
         causal_align: which corner the diagonal of causal masks, windows and ALiBi ends in: "bottom_right" (query i sits
             at key `i + kv_len - q_len`, as in FlashAttention from 2.1 on) or "top_left" (at key i).
         return_lse: also return the log-sum-exp of the scores.
-        deterministic: results are bitwise reproducible, or the call raises. The CPU kernel always is.
+        deterministic: results are bitwise reproducible, or the call raises. Every kernel of this version always is.
         backend: None chooses; "cpu", "sm80" or "sm90" forces a kernel family.
 
     Returns:
@@ -81,6 +81,7 @@ def flash_mha(
             only XLA's propagation finds the sharded axis, JAX raises its own error around that message.)
         TypeError: a dtype or kind of array is wrong, or a traced value stands where a static one is needed.
         UnsupportedError: no kernel serves the call where it would run; `.reasons` has each candidate's reason.
+        RuntimeError: on a GPU: no driver, no compiler for a kernel that is not there yet, or what CUDA reports.
         NotImplementedError: under `jax.grad`: this version has no gradients yet.
     """
     statics = attention_statics(

@@ -39,7 +39,8 @@ def flash_mha_varlen(
 
     Lengths are read where they are, on the device: new values need no new trace and no synchronisation. The values of
     NumPy arrays are checked. Other arrays' values (traced, or on a device) are clamped to what q and k hold; memory
-    outside the operands is never read or written, whatever the values are.
+    outside the operands is never read or written, whatever the values are. Such values that decrease leave undefined
+    rows (on a GPU these may stay unwritten).
 
     Args:
         q: `[total_q, num_q_heads, head_dim]`, float32, float16 or bfloat16. head_dim from 1 to 256.
@@ -64,7 +65,7 @@ def flash_mha_varlen(
         causal_align: which corner a sequence's diagonal ends in: "bottom_right" (query i sits at key
             `i + kv_len - q_len`, by the sequence's own lengths, seqused_k included) or "top_left" (at key i).
         return_lse: also return the log-sum-exp of the scores.
-        deterministic: results are bitwise reproducible, or the call raises. The CPU kernel always is.
+        deterministic: results are bitwise reproducible, or the call raises. Every kernel of this version always is.
         backend: None chooses; "cpu", "sm80" or "sm90" forces a kernel family.
 
     Returns:
@@ -80,6 +81,7 @@ def flash_mha_varlen(
             or exceed max_seqlen; a token axis or a length operand is sharded. The message names it, got and expected.
         TypeError: a dtype or kind of array is wrong, or a traced value stands where a static one is needed.
         UnsupportedError: no kernel serves the call where it would run; `.reasons` has each candidate's reason.
+        RuntimeError: on a GPU: no driver, no compiler for a kernel that is not there yet, or what CUDA reports.
         NotImplementedError: under `jax.grad`: this version has no gradients yet.
     """
     statics = attention_statics(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import sys
+from pathlib import Path
 
 from heed._jit import StoredFile, cache_dir, remove_stored_files, stored_files
 
@@ -25,6 +27,9 @@ def run(args: argparse.Namespace) -> int:
         count = remove_stored_files(only_damaged=args.damaged)
         print(f"removed {count} files from {cache_dir() or 'no cache'}")
         return 0
+    if args.folder and not Path(args.folder).is_dir():
+        print(f"heed cache: folder: got {args.folder!r}, expected one that exists", file=sys.stderr)
+        return 2
     folder = args.folder or cache_dir()
     if folder is None:
         print("there is no cache: no folder can be made or trusted")

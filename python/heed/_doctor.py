@@ -24,7 +24,7 @@ def doctor() -> int:
     problems: list[str] = []
     rows = [
         *_library_rows(),
-        *_driver_rows(gpus),
+        *_driver_rows(gpus, problems),
         *_compiler_rows(jit, bool(gpus["devices"])),
         *_cache_rows(jit),
         *_probe_rows(gpus, problems),
@@ -62,10 +62,14 @@ def _library_rows() -> Rows:
     )
 
 
-def _driver_rows(gpus: Any) -> Rows:
+def _driver_rows(gpus: Any, problems: list[str]) -> Rows:
     version = int(gpus["driver_version"])
-    if version == 0:
+    if not gpus["has_driver"]:
         yield "NVIDIA driver", f"none: {gpus['why_no_driver']}"
+        return
+    if version == 0:
+        problems.append(str(gpus["why_no_driver"]))
+        yield "NVIDIA driver", "cannot be used"
         return
     yield "NVIDIA driver", f"for CUDA {version // 1000}.{version % 1000 // 10}"
     for index, device in enumerate(gpus["devices"]):

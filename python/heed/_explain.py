@@ -11,6 +11,7 @@ from typing import Any
 from heed._arrays import DLPackOps, common_kind, is_jax, kind_of
 from heed._attention import Operands, flash_mha, split_segment_ids
 from heed._attention_varlen import flash_mha_varlen, require_cu_seqlens
+from heed._lib import function as library_function
 from heed._problem import (
     FIRST_INTEGER_OPERAND,
     OPERAND_NAMES,
@@ -90,8 +91,12 @@ def _default_target(names: Sequence[str], values: Sequence[Any]) -> str:
         device = next(iter(devices))
         if device.platform == "cpu":
             return "cpu"
-        capability = str(getattr(device, "compute_capability", ""))
-        return "sm_" + capability.replace(".", "") if capability else "cuda"
+        capability = str(getattr(device, "compute_capability", "")).replace(".", "")
+        if not capability.isdigit():
+            return "cuda"
+        if device.process_index == jax.process_index():
+            return str(library_function("cuda_target")(int(device.local_hardware_id)))
+        return f"sm_{capability}"  # another process's GPU
     return DLPackOps(kind_of("q", like), like).target()
 
 

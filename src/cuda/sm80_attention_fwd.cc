@@ -28,9 +28,12 @@ constexpr Element element_of(DType dtype) {
       return Element::kFloat32;
     case DType::kFloat16:
       return Element::kFloat16;
-    default:
+    case DType::kBFloat16:
       return Element::kBFloat16;
+    case DType::kInt32:
+      break;  // refused by validation
   }
+  return Element::kBFloat16;
 }
 
 // Scales outside of this range, which nobody trains with, would overflow or meet the -inf of a masked score as a
@@ -120,8 +123,7 @@ bool is_aligned(const DeviceOperand& operand, int num_lead_axes, int64_t head_di
   const int64_t elements = 16 / element_bytes;
   int64_t all = operand.batch | operand.token | operand.head | head_dim;
   for (int axis = 0; axis < num_lead_axes; ++axis) all |= operand.lead[axis];
-  return all % elements == 0 && (operand.dim == 1 || head_dim == 1) &&
-         reinterpret_cast<uintptr_t>(operand.data) % 16 == 0;
+  return all % elements == 0 && operand.dim == 1 && reinterpret_cast<uintptr_t>(operand.data) % 16 == 0;
 }
 
 bool are_aligned(const Sm80AttentionFwdParams& params, const AttentionProblem& problem) {
@@ -216,8 +218,8 @@ std::string sm80_attention_fwd_declines(const AttentionProblem& problem, const T
   constexpr std::string_view kNeeds = "needs an NVIDIA GPU (sm_80 or newer), and the target is ";
   if (target.is_cpu || (target.sm != 0 && target.sm < 80)) return std::string(kNeeds) + target.name;
   constexpr int64_t kMaxLength = int64_t{1} << 30;
-  if (problem.q_len > kMaxLength || problem.kv_len > kMaxLength || problem.batch > kMaxLength) {
-    return "counts rows and sequences up to 2^30, and this call has more";
+  if (std::max({problem.q_len, problem.kv_len, problem.batch, problem.num_q_heads}) > kMaxLength) {
+    return "counts rows, sequences and heads up to 2^30, and this call has more";
   }
   const int q_rows = sm80_attention_fwd_tile(make_spec(problem, false)).q_rows();
   // In double: the product may not fit 64 bits.

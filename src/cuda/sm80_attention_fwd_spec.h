@@ -34,8 +34,8 @@ struct Sm80AttentionFwdTile {
   int num_warps;
   int rows_per_warp;  // 32: half the shared memory reads per product of 16, if the registers suffice
   int kv_rows;
-  int num_stages;  // K and V tiles in shared memory, one in use and the others in flight
-  int min_blocks;  // per multiprocessor
+  int num_stages;  // 2: K and V tiles in use and in flight; 1: K and V take turns
+  int min_blocks;  // per multiprocessor, where its shared memory suffices for them
 
   HEED_HOST_DEVICE constexpr int num_threads() const { return num_warps * 32; }
   HEED_HOST_DEVICE constexpr int q_rows() const { return num_warps * rows_per_warp; }
@@ -49,11 +49,11 @@ HEED_HOST_DEVICE constexpr Sm80AttentionFwdTile sm80_attention_fwd_tile(const Sm
     return {4, 16, 16, 1, 1};  // rows of 1 KiB: a second stage does not fit
   }
   if (!spec.is_aligned) return {4, dim <= 128 ? 32 : 16, 32, 2, 2};  // its copies are slow and take registers
-  // More keys a step are faster (128 against 64 at head dim 64: 10%) as long as the registers suffice.
+  // More keys a step are faster as long as the registers suffice (docs/kernel-notes.md).
   const bool is_plain = !spec.has_score_transform() && !spec.has_segment_ids;
   if (dim <= 64) return {4, 32, is_plain ? 128 : 64, 2, 2};
   if (dim <= 128) return {4, 32, spec.has_score_transform() ? 32 : is_plain ? 64 : 48, 2, 2};
-  // 128 accumulators a thread are all that fit. One stage of 64 keys beats two of 32: the other block copies meanwhile.
+  // 128 accumulators a thread are all that fit. One stage of 64 keys beats two of 32 (docs/kernel-notes.md).
   if (dim > 192) return {4, 16, 64, 1, 2};
   return {4, 16, 32, 2, 2};
 }

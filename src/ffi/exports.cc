@@ -13,6 +13,7 @@
 #include "core/dtype.h"
 #include "cuda/device_target.h"
 #include "cuda/jit/jit.h"
+#include "ffi/device_ordinal.h"
 #include "ops/attention_fwd.h"
 
 namespace {
@@ -149,7 +150,7 @@ void attention_fwd(const TVMFFIAny* args, int32_t num_args) {
 
 // attention_fwd_load(problem, device): makes the problem's kernel ready on CUDA's device of that ordinal.
 void attention_fwd_load(std::string_view text, int64_t device) {
-  const int ordinal = static_cast<int>(device);
+  const int ordinal = heed::device_ordinal(device);
   heed::load_attention_fwd(*heed::prepare_attention_fwd(text, heed::cuda_target(ordinal)), ordinal);
 }
 
@@ -212,6 +213,6 @@ TVM_FFI_DLL_EXPORT_TYPED_FUNC(version, [] { return ffi::String(heed::version());
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(cpu_target, [] { return ffi::String(heed::cpu_target()); })
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(cpu_targets, cpu_targets)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(cuda_target, [](int64_t device) {
-  return ffi::String(heed::cuda_target(static_cast<int>(device)).name);
+  return ffi::String(heed::cuda_target(heed::device_ordinal(device)).name);
 })
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(num_threads, [] { return static_cast<int64_t>(heed::num_threads()); })

@@ -12,6 +12,7 @@
 #include "cuda/jit/jit.h"
 #include "cuda/jit/nvrtc.h"
 #include "cuda/jit/paths.h"
+#include "ffi/device_ordinal.h"
 
 namespace {
 
@@ -66,7 +67,7 @@ Record compile(const std::string& text, const std::string& arch, const std::stri
 Record load(const std::string& text, int64_t device) {
   return guarded([&]() -> Record {
     const heed::cuda::LoadedKernel& kernel =
-        heed::cuda::load(heed::cuda::parse_kernel_spec(text), static_cast<int>(device));
+        heed::cuda::load(heed::cuda::parse_kernel_spec(text), heed::device_ordinal(device));
     return {{"num_threads", int64_t{kernel.num_threads}}, {"shared_bytes", int64_t{kernel.shared_bytes}}};
   });
 }
@@ -97,6 +98,7 @@ Record gpu_info() {
                                {"arch", ffi::String(heed::cuda::arch_for(capability))}});
     }
     return {{"driver_version", int64_t{heed::cuda::driver_version()}},
+            {"has_driver", heed::cuda::is_driver_installed()},
             {"why_no_driver", ffi::String(heed::cuda::why_no_driver())},
             {"devices", devices}};
   });

@@ -2,8 +2,10 @@
 #include "ops/attention_fwd.h"
 
 #include <algorithm>
+#include <array>
 #include <cstdint>
 #include <iterator>
+#include <mutex>
 #include <utility>
 #include <vector>
 
@@ -161,10 +163,14 @@ AttentionFwdResolution resolve(const AttentionProblem& problem, const Target& ta
 }
 
 std::shared_ptr<const PreparedAttentionFwd> prepare_attention_fwd(std::string_view text, const Target& target) {
-  // One for the CPU, one for GPUs, which are alike in one process. Never destroyed: other threads may still compute
-  // while the process ends.
-  static auto* const tables = new TextTable<PreparedAttentionFwd>[2];
-  TextTable<PreparedAttentionFwd>& table = tables[target.is_cpu ? 0 : 1];
+  // One for the CPU and one for each generation of GPUs. Never destroyed: other threads may still compute while the
+  // process ends.
+  constexpr size_t kNumTables = 128;
+  static auto* const tables = new std::array<TextTable<PreparedAttentionFwd>*, kNumTables>{};
+  static auto* const once = new std::array<std::once_flag, kNumTables>;
+  const size_t index = target.is_cpu ? 0 : 1 + static_cast<size_t>(target.sm) % (kNumTables - 1);
+  std::call_once((*once)[index], [&] { (*tables)[index] = new TextTable<PreparedAttentionFwd>; });
+  TextTable<PreparedAttentionFwd>& table = *(*tables)[index];
   if (std::shared_ptr<const PreparedAttentionFwd> known = table.find(text)) return known;
   return table.insert(text,
                       std::make_shared<const PreparedAttentionFwd>(prepare(parse_attention_request(text), target)));
@@ -180,8 +186,8 @@ void run_attention_fwd(const PreparedAttentionFwd& prepared, const AttentionForw
 }
 
 void attention_forward(const AttentionForwardArgs& args, const AttentionOptions& options) {
-  // 1. Validate, 2. resolve, 3. plan: the CPU kernel derives its work items from the problem alone, GPU kernels their
-  // parameters; neither needs workspace.
+  // 1. Validate, 2. resolve, 3. plan: GPU kernels derive their parameters from the problem; the CPU kernel derives its
+  // work items when it runs, from the problem and, packed, from its lengths. Neither needs workspace.
   const bool is_cpu = args.q.device.type == DeviceType::kCpu;
   const int device = args.q.device.index;
   const PreparedAttentionFwd prepared =

@@ -87,12 +87,6 @@ int cuCtxGetCurrent(void** context) {
   *context = handle(current() + 1);
   return note("cuCtxGetCurrent");
 }
-int cuCtxGetDevice(int* device) {
-  note("cuCtxGetDevice");
-  if (current() < 0) return kInvalidContext;
-  *device = current();
-  return 0;
-}
 int cuCtxPushCurrent_v2(void* context) {
   heed::test::the_contexts.push_back(context);
   return note("cuCtxPushCurrent");
@@ -105,10 +99,6 @@ int cuCtxPopCurrent_v2(void** context) {
   return 0;
 }
 int cuThreadExchangeStreamCaptureMode(int* /*mode*/) { return note("cuThreadExchangeStreamCaptureMode"); }
-int cuStreamIsCapturing(void* /*stream*/, int* status) {
-  *status = 0;
-  return note("cuStreamIsCapturing");
-}
 int cuLibraryLoadData(void** library, const void* /*code*/, int*, void**, unsigned, int*, void**, unsigned) {
   *library = handle(1000);
   return note("cuLibraryLoadData");

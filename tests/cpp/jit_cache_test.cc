@@ -271,9 +271,10 @@ TEST_F(CompilingCache, APersonWhoWaitsSeesALine) {
 TEST_F(CompilingCache, ListsVerifiesAndEmpties) {
   compile(kSpec, "sm_90a");
   compile(kSpec, "sm_80");
-  write_file(cache_ / "a.kernel", "nonsense");
-  write_file(cache_ / "b-nvrtc13.0.kernel.123-4.tmp", "left by a kill");
-  write_file(cache_ / "c-nvrtc13.0.kernel.lock", "");
+  const std::string id(32, '0');
+  write_file(cache_ / (id + ".kernel"), "nonsense");
+  write_file(cache_ / (id + "-nvrtc13.0.kernel.123-4.tmp"), "left by a kill");
+  write_file(cache_ / (id + "-nvrtc13.0.kernel.lock"), "");
   write_file(cache_ / "notes.txt", "of the user");
   const std::vector<StoredFile> files = stored_files();
   ASSERT_EQ(files.size(), 3U);

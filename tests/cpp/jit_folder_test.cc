@@ -18,8 +18,13 @@
 namespace heed::cuda {
 namespace {
 
+void make_old(const fs::path& file) {
+  const timespec old[2] = {{time(nullptr) - 7200, 0}, {time(nullptr) - 7200, 0}};
+  ASSERT_EQ(utimensat(AT_FDCWD, file.c_str(), old, 0), 0);
+}
+
 TEST_F(Cache, KilledWriterLeavesAWholeFileOrNone) {
-  const std::string path = cache_.string();
+  const std::string name = shipped_entry_name(std::string(32, 'a'));
   std::mt19937 random(static_cast<unsigned>(std::random_device()()));
   std::vector<std::string> versions;
   for (char fill : {'a', 'b', 'c'}) {
@@ -29,18 +34,18 @@ TEST_F(Cache, KilledWriterLeavesAWholeFileOrNone) {
   int num_whole = 0;
   for (int repeat = 0; repeat < 200; ++repeat) {
     std::error_code error;
-    if (repeat % 4 == 0) fs::remove(cache_ / "entry.kernel", error);
+    if (repeat % 4 == 0) fs::remove(cache_ / name, error);
     const pid_t child = fork();
     if (child == 0) {
       const std::optional<Folder> folder = Folder::open_user_cache();
-      for (size_t i = 0;; ++i) folder->write("entry.kernel", versions[i % 3]);
+      for (size_t i = 0;; ++i) folder->write(name, versions[i % 3]);
     }
     std::this_thread::sleep_for(std::chrono::microseconds(random() % 12000));
     ASSERT_EQ(kill(child, SIGKILL), 0);
     int status = 0;
     ASSERT_EQ(waitpid(child, &status, 0), child);
     const std::optional<Folder> folder = Folder::open_user_cache();
-    const std::optional<std::string> bytes = folder->read("entry.kernel");
+    const std::optional<std::string> bytes = folder->read(name);
     if (!bytes) continue;
     ++num_whole;
     std::string reason;
@@ -53,12 +58,29 @@ TEST_F(Cache, KilledWriterLeavesAWholeFileOrNone) {
   for (const fs::path& file : files_in(cache_)) {
     if (!file.string().ends_with(".tmp")) continue;
     leftovers.push_back(file);
-    const timespec old[2] = {{time(nullptr) - 7200, 0}, {time(nullptr) - 7200, 0}};
-    ASSERT_EQ(utimensat(AT_FDCWD, file.c_str(), old, 0), 0);
+    make_old(file);
   }
   EXPECT_GT(leftovers.size(), 0U);
-  ASSERT_EQ(in_child([&] { return Folder::open_user_cache()->write("entry.kernel", versions[0]) == "" ? 0 : 1; }), 0);
-  EXPECT_EQ(files_in(cache_), std::vector<fs::path>{cache_ / "entry.kernel"});
+  ASSERT_EQ(in_child([&] { return Folder::open_user_cache()->write(name, versions[0]) == "" ? 0 : 1; }), 0);
+  EXPECT_EQ(files_in(cache_), std::vector<fs::path>{cache_ / name});
+}
+
+// The folder may be one that other programs use too.
+TEST_F(Cache, FilesOfOtherProgramsStay) {
+  const std::string name = shipped_entry_name(std::string(32, 'a'));
+  const std::string ours = name + ".123-4.tmp";
+  ASSERT_NE(cache_dir(), "");
+  std::vector<fs::path> theirs;
+  for (const char* other : {"editor.tmp", "entry.kernel", "entry.kernel.123-4.tmp", "notes.lock"}) {
+    theirs.push_back(cache_ / other);
+  }
+  for (const fs::path& file : theirs) write_file(file, "another program's");
+  write_file(cache_ / ours, "left by a kill");
+  for (const fs::path& file : files_in(cache_)) make_old(file);
+  ASSERT_EQ(in_child([&] { return Folder::open_user_cache()->write(name, "bytes") == "" ? 0 : 1; }), 0);
+  EXPECT_FALSE(fs::exists(cache_ / ours));
+  EXPECT_EQ(remove_stored_files(false), 1);
+  EXPECT_EQ(files_in(cache_), theirs);
 }
 
 TEST_F(Cache, AFreshFolderIsPrivateAndItsParentsAreMade) {

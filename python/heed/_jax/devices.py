@@ -25,8 +25,9 @@ def prepare(text: str, platforms: Sequence[str], what: str = "flash_mha") -> Non
     """Makes the problem's kernels ready on every platform that a program is lowered for.
 
     A problem that some platform cannot serve raises UnsupportedError. On CUDA the kernel is compiled, if need be, and
-    loaded on all GPUs of this process, so that a failure is an error of the call that traces and the program only
-    launches. Where there is no GPU (lowering for another machine) that is left to the process that runs the program.
+    loaded on all GPUs of this process that a kernel serves, so that a failure is an error of the call that traces and
+    the program only launches. A GPU that none serves, beside others, is reported by XLA when a program is to run there.
+    Where there is no GPU (lowering for another machine) all that is left to the process that runs the program.
     """
     for platform in platforms:
         if platform == "cpu":
@@ -39,11 +40,14 @@ def prepare(text: str, platforms: Sequence[str], what: str = "flash_mha") -> Non
 
 
 def _prepare_cuda(text: str, what: str) -> None:
-    ordinals = local_cuda_ordinals()
-    targets = [str(function("cuda_target")(ordinal)) for ordinal in ordinals] or ["cuda"]
-    for target in dict.fromkeys(targets):
-        require_kernel(resolve_attention(text, target), what, target)
-    for ordinal in ordinals:
+    targets = {ordinal: str(function("cuda_target")(ordinal)) for ordinal in local_cuda_ordinals()}
+    found = {target: resolve_attention(text, target) for target in targets.values() or ["cuda"]}
+    if all(resolution.chosen is None for resolution in found.values()):
+        target, resolution = next(iter(found.items()))
+        require_kernel(resolution, what, target)
+    for ordinal, target in targets.items():
+        if found[target].chosen is None:
+            continue
         try:
             function("attention_fwd_load")(text, ordinal)
         except (RuntimeError, TypeError, ValueError) as error:

@@ -17,7 +17,6 @@ import jax.numpy as jnp
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
-
 from jaxlib.mlir.dialects import stablehlo
 
 from heed._jax import axes, devices, ffi_target, partition
@@ -195,7 +194,7 @@ def _lower(ctx: Any, *values: Any, statics: AttentionStatics, operands: tuple[st
         )
     results = call.results
     if "cuda" in platforms:
-        # Where a result is both used and written into a larger array (the stacked outputs of a scan), XLA's GPU compiler
+        # Where a result is both used and written into a larger array (a scan's stacked outputs), XLA's GPU compiler
         # would make two calls of one, to write one result in place. It does not look through a barrier.
         results = stablehlo.OptimizationBarrierOp(list(results)).results
     return [_constrain(ctx, x, aval) for x, aval in zip(results, ctx.avals_out, strict=True)]

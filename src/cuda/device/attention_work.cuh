@@ -121,4 +121,21 @@ __device__ __forceinline__ bool varlen_work(const Sm80AttentionFwdParams& params
   return false;
 }
 
+// Steps of kKvRows keys, half-open.
+template <int kKvRows>
+struct StepsOf {
+  int begin, end;
+  // Those that hold any key of the range.
+  static __device__ __forceinline__ StepsOf touching(variants::Range keys) {
+    if (keys.empty()) return {0, 0};
+    return {static_cast<int>(keys.begin) / kKvRows, (static_cast<int>(keys.end) + kKvRows - 1) / kKvRows};
+  }
+  // Those that lie in the range (which starts at 0 or later).
+  static __device__ __forceinline__ StepsOf inside(variants::Range keys) {
+    if (keys.empty()) return {0, 0};
+    return {(static_cast<int>(keys.begin) + kKvRows - 1) / kKvRows, static_cast<int>(keys.end) / kKvRows};
+  }
+  __device__ __forceinline__ bool contains(int step) const { return step >= begin && step < end; }
+};
+
 }  // namespace heed::cuda

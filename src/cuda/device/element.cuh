@@ -61,8 +61,7 @@ struct MathOf {
 
 // float32 on tensor cores that take TF32, 11 bits of a number: x is split exactly into a high, a middle and a low part
 // of 11, 11 and 2 bits, and of the nine products those that float32 notices are kept. (Two parts and three products,
-// the usual "3xTF32", miss the last bits: an output that is a copy of a row of V would not equal it.) Each step's sum
-// starts at zero and is added in float32, because the tensor cores truncate what they accumulate.
+// the usual "3xTF32", miss the last bits: an output that is a copy of a row of V would not equal it.)
 template <>
 struct MathOf<Element::kFloat32> {
   struct A {
@@ -74,7 +73,8 @@ struct MathOf<Element::kFloat32> {
 
   static __device__ __forceinline__ void split(uint32 bits, uint32& high, uint32& middle, uint32& low) {
     const float value = __uint_as_float(bits);
-    high = ptx::round_to_tf32(value);
+    // The largest numbers are cut off instead: they would round to infinity.
+    high = fabsf(value) > 3.4e38f ? bits & 0xffffe000u : ptx::round_to_tf32(value);
     const float rest = value - __uint_as_float(high);
     middle = ptx::round_to_tf32(rest);
     low = __float_as_uint(rest - __uint_as_float(middle));
@@ -105,17 +105,29 @@ struct MathOf<Element::kFloat32> {
   }
   static __device__ __forceinline__ float load(const char* from) { return *reinterpret_cast<const float*>(from); }
 
-  static __device__ __forceinline__ void mma(Accumulator& acc, const A& a, const B& b) {
-    float small[4] = {0.0f, 0.0f, 0.0f, 0.0f}, large[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-    ptx::mma_tf32(small, a.low, b.high[0], b.high[1]);
-    ptx::mma_tf32(small, a.high, b.low[0], b.low[1]);
-    ptx::mma_tf32(small, a.middle, b.middle[0], b.middle[1]);
-    ptx::mma_tf32(small, a.middle, b.high[0], b.high[1]);
-    ptx::mma_tf32(small, a.high, b.middle[0], b.middle[1]);
-    ptx::mma_tf32(large, a.high, b.high[0], b.high[1]);
+  // A sum of products. Tensor cores truncate what they accumulate, so the products of high parts are summed by four
+  // there and rounded when they are added up; those of the other parts are too small for it to matter.
+  struct Sum {
+    float left[4], right[4], small[4];
+
+    __device__ __forceinline__ Sum() : left{}, right{}, small{} {}
+    __device__ __forceinline__ void add_product(const A& a, const B& b) {
+      ptx::mma_tf32(small, a.low, b.high[0], b.high[1]);
+      ptx::mma_tf32(small, a.high, b.low[0], b.low[1]);
+      ptx::mma_tf32(small, a.middle, b.middle[0], b.middle[1]);
+      ptx::mma_tf32(small, a.middle, b.high[0], b.high[1]);
+      ptx::mma_tf32(small, a.high, b.middle[0], b.middle[1]);
+      float four[4] = {}, other_four[4] = {};
+      ptx::mma_tf32_half(four, a.high[0], a.high[1], b.high[0]);
+      ptx::mma_tf32_half(other_four, a.high[2], a.high[3], b.high[1]);
 #pragma unroll
-    for (int i = 0; i < 4; ++i) acc[i] += large[i] + small[i];
-  }
+      for (int i = 0; i < 4; ++i) {
+        left[i] += four[i];
+        right[i] += other_four[i];
+      }
+    }
+    __device__ __forceinline__ float total(int i) const { return (left[i] + right[i]) + small[i]; }
+  };
 };
 
 }  // namespace heed::cuda

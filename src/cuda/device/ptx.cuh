@@ -92,6 +92,13 @@ __device__ __forceinline__ void mma_tf32(float (&acc)[4], const uint32 (&a)[4], 
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
+// The same for half the columns: acc[16 x 8] += a[16 x 4] b[4 x 8].
+__device__ __forceinline__ void mma_tf32_half(float (&acc)[4], uint32 a0, uint32 a1, uint32 b) {
+  asm("mma.sync.aligned.m16n8k4.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
+      : "+f"(acc[0]), "+f"(acc[1]), "+f"(acc[2]), "+f"(acc[3])
+      : "r"(a0), "r"(a1), "r"(b));
+}
+
 // Rounds to nearest, ties away from zero, as the bits of a float with 10 mantissa bits.
 __device__ __forceinline__ uint32 round_to_tf32(float value) {
   uint32 bits;
@@ -120,11 +127,6 @@ __device__ __forceinline__ float float_of_f16(unsigned short bits) {
 __device__ __forceinline__ float exp2_approx(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-__device__ __forceinline__ float reciprocal_approx(float x) {
-  float y;
-  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
 

@@ -17,7 +17,8 @@
 // multiply-add. A row's reference is a maximum seen earlier, and moves only when a score exceeds it by 2^8: P then
 // stays below 2^8, harmless in any type, and O is almost never rescaled.
 //
-// Copies. K and V of the next step arrive by cp.async while this one is computed: one barrier a step. Rows past the end
+// Copies. With two stages, K and V of the next step arrive by cp.async while this one is computed: one barrier a step.
+// With one stage, V arrives during Q K^T and the next K during P V: two barriers. Rows past the end
 // arrive as zeros, never as what lies behind (0 * NaN is NaN). Shared memory rows are swizzled: no bank conflicts.
 //
 // L2. Blocks that run at the same time share K and V: consecutive ones take tiles of the same head, or of as many heads
@@ -47,6 +48,8 @@ struct Sm80AttentionFwd {
   static constexpr Sm80AttentionFwdTile kTile = sm80_attention_fwd_tile(kSpec);
   static constexpr int kNumThreads = kTile.num_threads();
   static constexpr int kMinBlocksPerSm = kTile.min_blocks;
+  // With one stage, K of the next step is copied while V is in use, and V while K is.
+  static constexpr bool kHasOneStage = kTile.num_stages == 1;
   static constexpr int kSharedBytes = sm80_attention_fwd_shared_bytes(kSpec);
 
   static constexpr Element kElement = kSpec.element;
@@ -59,13 +62,14 @@ struct Sm80AttentionFwd {
   static constexpr int kKeyTiles = kKvRows / 8;                   // of a step, 8 keys each
   static constexpr int kDimTiles = kSpec.head_dim_v / 8;
   static constexpr int kQkSteps = kSpec.head_dim_qk * kElementBytes / 32;
-  // How many of these steps the compiler may overlap: as many as there are registers for the operands of.
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
-  static constexpr bool kHasFewRegisters = kSpec.head_dim_v > 64 && kSpec.head_dim_v <= 128;
+  // How many of these steps the compiler may overlap: as many as there are registers for, as each architecture's
+  // compiler has it. Above head dim 128 there are half as many rows a warp, and registers to spare.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ / 10 != 90
+  static constexpr int kUnroll = kIsFloat32 ? 1 : kSpec.has_segment_ids && __CUDA_ARCH__ < 900 ? 4 : 2;
 #else
-  static constexpr bool kHasFewRegisters = kSpec.head_dim_v <= 128;
+  static constexpr int kUnroll = kIsFloat32 ? 3 : 4;
 #endif
-  static constexpr int kQkUnroll = kIsFloat32 ? 1 : kHasFewRegisters ? 3 : 16;
+  static constexpr int kQkUnroll = kIsFloat32 || kSpec.head_dim_v <= 128 ? kUnroll : 16;
   static constexpr float kSlack = 8.0f;     // how far, as a power of 2, scores may exceed their reference
   static constexpr float kSteep = 1024.0f;  // exponents beyond lose 2^-14 and more when a reference is rounded
 
@@ -77,6 +81,7 @@ struct Sm80AttentionFwd {
   using OutTile = SharedTile<kElement, kQRows, kSpec.head_dim_v>;
   static constexpr int kQBytes = QTile::kBytes > OutTile::kBytes ? QTile::kBytes : OutTile::kBytes;
   static constexpr int kStageBytes = KTile::kBytes + VTile::kBytes;
+  static_assert(kTile.num_stages == 1 || kTile.num_stages == 2);
   static_assert(kQBytes + kTile.num_stages * kStageBytes == kSharedBytes);
 
   // A warp's share of a step, for kRowTiles times 16 rows.
@@ -95,8 +100,7 @@ struct Sm80AttentionFwd {
 
   struct Lane {
     int lane, warp;
-    int row;     // of this lane in its half row tile
-    int column;  // the first of this lane's two in an 8-column tile
+    int row, column;  // in its half row tile; the first of its two in an 8-column tile
     __device__ __forceinline__ Lane() : Lane(ptx::thread_index()) {}
     __device__ __forceinline__ explicit Lane(int thread)
         : lane(thread & 31), warp(thread >> 5), row(lane >> 2), column((lane & 3) * 2) {}
@@ -108,7 +112,6 @@ struct Sm80AttentionFwd {
   // The rows of one operand that a block may copy.
   struct Source {
     const char* rows;
-
     __device__ __forceinline__ Source(const Params& params, const DeviceOperand& operand, const AttentionWork& work,
                                       int head, int token)
         : rows(static_cast<const char*>(operand.data) +
@@ -127,11 +130,23 @@ struct Sm80AttentionFwd {
   // Compute.
 
   template <int kRowTiles>
+  static __device__ __forceinline__ void multiply_qk(uint32 q, int row, uint32 k, const Lane& lane,
+                                                     Scores<kRowTiles>& scores) {
+    const LaneReader<QTile> rows(q, row + (lane.lane & 15), lane.lane >> 4);
+    const LaneReader<KTile> keys(k, (lane.lane & 7) + (lane.lane >> 4) * 8, lane.lane >> 3 & 1);
+    if constexpr (kIsFloat32) {
+      multiply_transposed_float32<Math, kQkSteps, kQkUnroll>(rows, keys, scores);
+    } else {
+      multiply_transposed<Math, kQkSteps, kQkUnroll>(rows, keys, scores);
+    }
+  }
+
+  template <int kRowTiles>
   static __device__ __forceinline__ void multiply_pv(const Scores<kRowTiles>& p, uint32 v, const Lane& lane,
                                                      Output<kRowTiles>& out) {
     if constexpr (kIsFloat32) {
-      multiply_by_elements<Math>(p, LaneReader<VTile>(v, lane.column, lane.row >> 2),
-                                 LaneReader<VTile>(v, lane.column + 1, lane.row >> 2), (lane.row & 3) * 4, out);
+      multiply_float32<Math>(p, LaneReader<VTile>(v, lane.column, lane.row >> 2),
+                             LaneReader<VTile>(v, lane.column + 1, lane.row >> 2), (lane.row & 3) * 4, out);
     } else {
       multiply<Math>(p, LaneReader<VTile>(v, lane.lane & 15, lane.lane >> 4), out);
     }
@@ -165,7 +180,7 @@ struct Sm80AttentionFwd {
   template <int kRowTiles>
   static __device__ __forceinline__ void transform(const Params& params, const Head& head, int first_row, int first_key,
                                                    const Lane& lane, Scores<kRowTiles>& scores) {
-    const ScoreMath<kIsFloat32> math;
+    const ScoreMath math;
     const variants::Index offset = head.band(params).offset;
 #pragma unroll
     for (int row_tile = 0; row_tile < kRowTiles; ++row_tile) {
@@ -191,22 +206,23 @@ struct Sm80AttentionFwd {
   template <int kRowTiles>
   static __device__ __forceinline__ void mask(const Params& params, const Head& head, int first_row, int first_key,
                                               const Lane& lane, Scores<kRowTiles>& scores) {
-    const variants::Band band = head.band(params);
+    // Keys are counted from this lane's first column. A row further down sees as many keys further on; far limits are
+    // moved nearer, but not into the step, so that they fit 32 bits.
+    const variants::Index row = first_row + lane.row, origin = first_key + lane.column;
+    const variants::Range keys = head.band(params).keys_of_any({row, row + 1});
+    constexpr variants::Index kFar = 1 << 20;
+    const int begin = static_cast<int>(min(max(keys.begin - origin, -kFar), kFar));
+    const int end = static_cast<int>(min(max(keys.end - origin, -kFar), kFar));
+    const int last = static_cast<int>(min(head.kv_len - origin, kFar));
 #pragma unroll
     for (int row_tile = 0; row_tile < kRowTiles; ++row_tile) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const variants::Index row = first_row + row_tile * 16 + half * 8 + lane.row;
-        const variants::Range keys =
-            variants::intersect(band.keys_of_any({row, row + 1}), variants::Range{0, head.kv_len});
-        // Counted from this lane's first column and clamped to the step: they fit 32 bits.
-        const variants::Range step = variants::intersect(keys, {first_key, first_key + kKvRows});
-        const int begin = static_cast<int>(step.begin - first_key) - lane.column;
-        const int end =
-            static_cast<int>(max(step.end, static_cast<variants::Index>(first_key)) - first_key) - lane.column;
+        const int shift = row_tile * 16 + half * 8;
+        const int row_begin = begin + shift, row_end = min(end + shift, last);
         for_row(scores[row_tile], half, [&](float& score, int key_tile, int e) {
           const int key = key_tile * 8 + e;
-          if (key < begin || key >= end) score = -kInfinity;
+          if (key < row_begin || key >= row_end) score = -kInfinity;
         });
       }
     }
@@ -236,6 +252,9 @@ struct Sm80AttentionFwd {
 
   // -------------------------------------------------------------------------------------------------------------------
   // Softmax.
+
+  // For float32 the fast exponential is too coarse.
+  static __device__ __forceinline__ float exp2(float x) { return kIsFloat32 ? exp2_accurate(x) : ptx::exp2_approx(x); }
 
   // What a score is multiplied with to become an exponent of 2: raw products take the scale here too.
   static __device__ __forceinline__ float exponent_scale(const Params& params) {
@@ -271,7 +290,7 @@ struct Sm80AttentionFwd {
         if (!is_steep) exponent -= rounding_of(top, scale);
         const float shrink = before == -kInfinity                         ? 0.0f
                              : top == before && is_steep == rows.is_steep ? 1.0f
-                                                                          : ptx::exp2_approx(exponent);
+                                                                          : exp2(exponent);
         rows.top[row_tile][half] = top;
         rows.sum[row_tile][half] *= shrink;
 #pragma unroll
@@ -326,7 +345,7 @@ struct Sm80AttentionFwd {
         const float reference = rows.is_steep ? 0.0f : finite_or_zero(rows.top[row_tile][half]) * scale;
         float sum = 0.0f;
         for_row(scores[row_tile], half, [&](float& score, int, int) {
-          score = ptx::exp2_approx(fmaf(score, scale, -reference));
+          score = exp2(fmaf(score, scale, -reference));
           sum += score;
         });
         rows.sum[row_tile][half] += sum;
@@ -338,20 +357,6 @@ struct Sm80AttentionFwd {
   // Values that are not finite. A key that a row does not see must not reach it, and 0 * NaN is NaN: where an output is
   // not finite, the block starts again, and then takes such rows of V out of the products and adds them one by one, to
   // the rows that see them.
-
-  template <int kRowTiles>
-  static __device__ __forceinline__ bool is_finite(const Output<kRowTiles>& out) {
-    float zero[4] = {0.0f, 0.0f, 0.0f, 0.0f};  // NaN from the first infinity or NaN on
-#pragma unroll
-    for (int row_tile = 0; row_tile < kRowTiles; ++row_tile) {
-#pragma unroll
-      for (int dim_tile = 0; dim_tile < kDimTiles; ++dim_tile) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) zero[i] = fmaf(out[row_tile][dim_tile][i], 0.0f, zero[i]);
-      }
-    }
-    return (zero[0] + zero[1]) + (zero[2] + zero[3]) == 0.0f;
-  }
 
   // O += P V for the rows of V that were taken out.
   template <int kRowTiles>
@@ -501,21 +506,7 @@ struct Sm80AttentionFwd {
     return variants::intersect(keys, {ends[2], static_cast<variants::Index>(ends[3]) + 1});
   }
 
-  // Steps of keys, half-open.
-  struct Steps {
-    int begin, end;
-    // Those that hold any key of the range.
-    static __device__ __forceinline__ Steps touching(variants::Range keys) {
-      if (keys.empty()) return {0, 0};
-      return {static_cast<int>(keys.begin) / kKvRows, (static_cast<int>(keys.end) + kKvRows - 1) / kKvRows};
-    }
-    // Those that lie in the range (which starts at 0 or later).
-    static __device__ __forceinline__ Steps inside(variants::Range keys) {
-      if (keys.empty()) return {0, 0};
-      return {(static_cast<int>(keys.begin) + kKvRows - 1) / kKvRows, static_cast<int>(keys.end) / kKvRows};
-    }
-    __device__ __forceinline__ bool contains(int step) const { return step >= begin && step < end; }
-  };
+  using Steps = StepsOf<kKvRows>;
 
   // What a warp does not see it skips, what all its rows see it does not mask.
   struct alignas(16) WarpSteps {
@@ -548,14 +539,20 @@ struct Sm80AttentionFwd {
 
   // Where K of a step lies in shared memory; V follows it.
   static __device__ __forceinline__ uint32 stage_of(int step) {
-    return ptx::shared_address(shared_memory) + kQBytes + (kTile.num_stages == 1 ? 0 : (step & 1) * kStageBytes);
+    return ptx::shared_address(shared_memory) + kQBytes + (kHasOneStage ? 0 : (step & 1) * kStageBytes);
   }
 
-  static __device__ __forceinline__ void copy_step(const Params& params, const Source& k, const Source& v, int kv_len,
-                                                   int step) {
-    const uint32 stage = stage_of(step);
-    k.template copy<KTile>(params.k, stage, step * kKvRows, kv_len, params.head_dim_qk);
-    v.template copy<VTile>(params.v, stage + KTile::kBytes, step * kKvRows, kv_len, params.head_dim_v);
+  static __device__ __forceinline__ void copy_k(const Params& params, const Source& k, int kv_len, int step) {
+    k.template copy<KTile>(params.k, stage_of(step), step * kKvRows, kv_len, params.head_dim_qk);
+  }
+  static __device__ __forceinline__ void copy_v(const Params& params, const Source& v, int kv_len, int step) {
+    v.template copy<VTile>(params.v, stage_of(step) + KTile::kBytes, step * kKvRows, kv_len, params.head_dim_v);
+  }
+
+  static __device__ __forceinline__ void copy_first_step(const Params& params, const Source& k, const Source& v,
+                                                         int kv_len, int step) {
+    copy_k(params, k, kv_len, step);
+    if (!kHasOneStage) copy_v(params, v, kv_len, step);
     ptx::cp_async_commit();
   }
 
@@ -566,8 +563,6 @@ struct Sm80AttentionFwd {
     const Lane lane;
     const int warp_row = lane.warp * kTile.rows_per_warp + first_row;  // counted from the block's first
     const uint32 shared_q = ptx::shared_address(shared_memory);
-    const auto load_step = [&](int step) { copy_step(params, kept.k, kept.v, kept.head.kv_len, step); };
-
     int q_ids[kRowTiles][2];
     if constexpr (kSpec.has_segment_ids) {
       const int* ids = pointer_to<int>(params, params.q_segment_ids, kept.work, 0);
@@ -582,22 +577,27 @@ struct Sm80AttentionFwd {
     reset(rows, out);
     if (kIsCareful && kept.steps.begin < kept.steps.end) {  // else `run` has done it
       kept.q.template copy<QTile>(params.q, shared_q, kept.work.q_begin, kept.work.q_len, params.head_dim_qk);
-      copy_step(params, kept.k, kept.v, kept.head.kv_len, kept.steps.begin);
+      copy_first_step(params, kept.k, kept.v, kept.head.kv_len, kept.steps.begin);
     }
 #pragma unroll 1
     for (int step = kept.steps.begin; step < kept.steps.end; ++step) {
       ptx::cp_async_wait<0>();
       __syncthreads();
-      if (kTile.num_stages > 1 && step + 1 < kept.steps.end) load_step(step + 1);
+      const bool has_next = step + 1 < kept.steps.end;
+      if (kHasOneStage) {
+        copy_v(params, kept.v, kept.head.kv_len, step);
+      } else if (has_next) {
+        copy_k(params, kept.k, kept.head.kv_len, step + 1);
+        copy_v(params, kept.v, kept.head.kv_len, step + 1);
+      }
+      ptx::cp_async_commit();
+
+      const int row = kept.work.q_begin + warp_row, first_key = step * kKvRows;
       const uint32 stage = stage_of(step);
-      if constexpr (kIsCareful) take_out_rows<VTile, Math, kNumThreads>(stage + KTile::kBytes, kept.taken);
-      const Steps seen = kept.warp_steps[lane.warp].seen;
-      if (seen.contains(step)) {
-        const int row = kept.work.q_begin + warp_row, first_key = step * kKvRows;
-        Scores<kRowTiles> scores;
-        multiply_transposed<Math, kQkSteps, kQkUnroll>(
-            LaneReader<QTile>(shared_q, warp_row + (lane.lane & 15), lane.lane >> 4),
-            LaneReader<KTile>(stage, (lane.lane & 7) + (lane.lane >> 4) * 8, lane.lane >> 3 & 1), scores);
+      const bool is_seen = kept.warp_steps[lane.warp].seen.contains(step);
+      Scores<kRowTiles> scores;
+      if (is_seen) {
+        multiply_qk<kRowTiles>(shared_q, warp_row, stage, lane, scores);
         if constexpr (kSpec.has_score_transform()) {
           transform<kRowTiles>(params, kept.head, row, first_key, lane, scores);
         }
@@ -607,18 +607,23 @@ struct Sm80AttentionFwd {
         if constexpr (kSpec.has_segment_ids) {
           mask_segments<kRowTiles>(params, kept.head, q_ids, first_key, lane, scores);
         }
+      }
+      if constexpr (kHasOneStage) {
+        ptx::cp_async_wait<0>();
+        __syncthreads();
+        if (has_next) copy_k(params, kept.k, kept.head.kv_len, step + 1);
+        ptx::cp_async_commit();
+      }
+      if constexpr (kIsCareful) take_out_rows<VTile, Math, kNumThreads>(stage + KTile::kBytes, kept.taken);
+      if (is_seen) {
         softmax<kRowTiles>(exponent_scale(params), rows, out, scores);
         multiply_pv<kRowTiles>(scores, stage + KTile::kBytes, lane, out);
         if constexpr (kIsCareful) {
           add_rows<kRowTiles>(params, kept.head, kept.v, kept.taken, q_ids, row, first_key, lane, scores, out);
         }
       }
-      if (kTile.num_stages == 1 && step + 1 < kept.steps.end) {
-        __syncthreads();
-        load_step(step + 1);
-      }
     }
-    if (__syncthreads_or(!kIsCareful && !is_finite<kRowTiles>(out)) != 0) return false;
+    if (__syncthreads_or(!kIsCareful && !is_finite(out)) != 0) return false;
     finish<kRowTiles>(params, kept.work, lane, warp_row, shared_q, rows, out);
     return true;
   }
@@ -673,7 +678,7 @@ struct Sm80AttentionFwd {
     if (steps.begin < steps.end) {
       q.template copy<QTile>(params.q, ptx::shared_address(shared_memory), work.q_begin, work.q_len,
                              params.head_dim_qk);
-      copy_step(params, k, v, work.kv_len, steps.begin);
+      copy_first_step(params, k, v, work.kv_len, steps.begin);
     }
     if (threadIdx.x == 0) {
       kept.work = work;

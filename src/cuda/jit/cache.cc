@@ -29,14 +29,6 @@ StoredFile inspect(const Folder& folder, const std::string& name) {
   return file;
 }
 
-bool is_kernel(const std::string& name) { return name.ends_with(kEntrySuffix); }
-
-// What a process that was killed while it wrote or compiled leaves.
-bool is_leftover(const std::string& name) {
-  return name.find(kEntrySuffix) != std::string::npos &&
-         (name.ends_with(kTemporarySuffix) || name.ends_with(kLockSuffix));
-}
-
 }  // namespace
 
 std::string cache_dir() {
@@ -49,7 +41,7 @@ std::vector<StoredFile> stored_files(const std::string& path) {
   std::vector<StoredFile> files;
   if (!folder) return files;
   for (const std::string& name : folder->file_names()) {
-    if (is_kernel(name)) files.push_back(inspect(*folder, name));
+    if (is_entry_name(name)) files.push_back(inspect(*folder, name));
   }
   std::sort(files.begin(), files.end(), [](const StoredFile& a, const StoredFile& b) {
     return std::tie(a.spec, a.arch, a.name) < std::tie(b.spec, b.arch, b.name);
@@ -62,8 +54,8 @@ int64_t remove_stored_files(bool only_damaged) {
   if (!folder) return 0;
   int64_t count = 0;
   for (const std::string& name : folder->file_names()) {
-    const bool is_wanted = is_kernel(name) && only_damaged && inspect(*folder, name).error.empty();
-    if (is_wanted || (!is_kernel(name) && !is_leftover(name))) continue;
+    const bool is_wanted = is_entry_name(name) && only_damaged && inspect(*folder, name).error.empty();
+    if (is_wanted || (!is_entry_name(name) && !is_leftover_name(name))) continue;
     if (folder->remove(name)) ++count;
   }
   return count;

@@ -16,6 +16,7 @@ namespace {
 
 struct Driver {
   DriverApi api{};
+  bool is_installed = false;
   bool is_usable = false;
   std::string why_not;
 };
@@ -34,6 +35,7 @@ std::unique_ptr<Driver> open_driver() {
     driver->why_not = "there is no NVIDIA driver (libcuda.so.1) on this machine";
     return driver;
   }
+  driver->is_installed = true;
   std::string missing;
   const auto get = [&]<class F>(F& function, const char* name, bool is_needed = true) {
     function = reinterpret_cast<F>(dlsym(library, name));
@@ -50,11 +52,9 @@ std::unique_ptr<Driver> open_driver() {
   get(api.device_get_attribute, "cuDeviceGetAttribute");
   get(api.device_primary_ctx_retain, "cuDevicePrimaryCtxRetain");
   get(api.ctx_get_current, "cuCtxGetCurrent");
-  get(api.ctx_get_device, "cuCtxGetDevice");
   get(api.ctx_push_current, "cuCtxPushCurrent_v2");
   get(api.ctx_pop_current, "cuCtxPopCurrent_v2");
   get(api.thread_exchange_stream_capture_mode, "cuThreadExchangeStreamCaptureMode");
-  get(api.stream_is_capturing, "cuStreamIsCapturing");
   get(api.library_load_data, "cuLibraryLoadData");
   get(api.library_unload, "cuLibraryUnload");
   get(api.library_get_kernel, "cuLibraryGetKernel");
@@ -93,6 +93,8 @@ const DriverApi* driver() {
   const Driver& opened = opened_driver();
   return opened.is_usable && !is_forked_child.load(std::memory_order_relaxed) ? &opened.api : nullptr;
 }
+
+bool is_driver_installed() { return opened_driver().is_installed; }
 
 std::string why_no_driver() {
   if (is_forked_child.load()) {

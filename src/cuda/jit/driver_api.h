@@ -15,12 +15,10 @@ using CUkernel = struct CUkern_st*;
 using CUfunction = struct CUfunc_st*;
 
 inline constexpr CUresult kCudaSuccess = 0;
-inline constexpr CUresult kCudaErrorStreamCaptureImplicit = 906;
 inline constexpr int kFuncAttributeNumRegs = 4;
 inline constexpr int kFuncAttributeMaxDynamicSharedSizeBytes = 8;
 inline constexpr int kDeviceAttributeComputeCapabilityMajor = 75;
 inline constexpr int kDeviceAttributeComputeCapabilityMinor = 76;
-inline constexpr int kStreamCaptureStatusNone = 0;
 inline constexpr int kStreamCaptureModeRelaxed = 2;
 
 // The driver's functions. All are there with CUDA 12.0 and later, but the one that is marked.
@@ -35,11 +33,9 @@ struct DriverApi {
   CUresult (*device_get_attribute)(int* value, int attribute, CUdevice device);
   CUresult (*device_primary_ctx_retain)(CUcontext* context, CUdevice device);
   CUresult (*ctx_get_current)(CUcontext* context);
-  CUresult (*ctx_get_device)(CUdevice* device);
   CUresult (*ctx_push_current)(CUcontext context);
   CUresult (*ctx_pop_current)(CUcontext* context);
   CUresult (*thread_exchange_stream_capture_mode)(int* mode);
-  CUresult (*stream_is_capturing)(CUstream stream, int* status);
   CUresult (*library_load_data)(CUlibrary* library, const void* code, int* jit_options, void** jit_values,
                                 unsigned num_jit, int* options, void** values, unsigned num_options);
   CUresult (*library_unload)(CUlibrary library);

@@ -11,6 +11,7 @@
 #include <charconv>
 
 #include "cuda/jit/cubin.h"
+#include "cuda/jit/folder.h"
 #include "cuda/jit/sha256.h"
 
 namespace heed::cuda {
@@ -18,6 +19,7 @@ namespace {
 
 constexpr std::string_view kMagic = "heed-kernel 1\nsha256 ";
 constexpr size_t kDigestDigits = 64;
+constexpr size_t kIdDigits = 32;
 
 // Takes "<name> <value>\n" off the front.
 bool take_line(std::string_view& rest, std::string_view name, std::string& value) {
@@ -42,6 +44,16 @@ std::string shipped_entry_name(const std::string& id) { return id + std::string(
 
 std::string cached_entry_name(const std::string& id, const std::string& nvrtc_version) {
   return id + "-nvrtc" + nvrtc_version + std::string(kEntrySuffix);
+}
+
+bool is_entry_name(std::string_view name) {
+  return name.find_first_not_of("0123456789abcdef") == kIdDigits && name.ends_with(kEntrySuffix);
+}
+
+bool is_leftover_name(std::string_view name) {
+  if (!name.ends_with(kTemporarySuffix) && !name.ends_with(kLockSuffix)) return false;
+  const size_t end = name.rfind(kEntrySuffix);
+  return end != std::string_view::npos && is_entry_name(name.substr(0, end + kEntrySuffix.size()));
 }
 
 std::string to_bytes(const Entry& entry) {

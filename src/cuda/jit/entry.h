@@ -24,6 +24,11 @@ inline constexpr std::string_view kEntrySuffix = ".kernel";
 std::string shipped_entry_name(const std::string& id);
 std::string cached_entry_name(const std::string& id, const std::string& nvrtc_version);
 
+// Whether a file's name is one of those two.
+bool is_entry_name(std::string_view name);
+// Whether it is that of an entry's temporary file or lock: what a killed process leaves.
+bool is_leftover_name(std::string_view name);
+
 std::string to_bytes(const Entry& entry);
 // Nothing, and why in `reason`, unless the bytes are exactly what to_bytes() made.
 std::optional<Entry> parse_entry(std::string_view bytes, std::string& reason);

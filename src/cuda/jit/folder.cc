@@ -15,6 +15,7 @@
 #include <stdexcept>
 #include <utility>
 
+#include "cuda/jit/entry.h"
 #include "cuda/jit/log.h"
 
 namespace heed::cuda {
@@ -195,7 +196,7 @@ void Folder::remove_stale_files() const {
   static std::atomic<pid_t> done_by{0};
   if (done_by.exchange(getpid()) == getpid()) return;  // once per process is enough
   for (const std::string& name : file_names()) {
-    if (!name.ends_with(kTemporarySuffix)) continue;
+    if (!is_leftover_name(name) || !name.ends_with(kTemporarySuffix)) continue;
     struct stat status {};
     if (fstatat(descriptor_, name.c_str(), &status, AT_SYMLINK_NOFOLLOW) != 0) continue;
     if (status.st_mtime < time(nullptr) - kStaleSeconds) remove(name);

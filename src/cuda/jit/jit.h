@@ -71,11 +71,11 @@ HEED_API void launch(const LoadedKernel& kernel, const LaunchConfig& config, con
 
 // Devices. None of them throws where there is no driver: the count is then 0. The first call initialises CUDA.
 HEED_API int device_count();
-HEED_API std::string why_no_driver();  // empty where there is one
+HEED_API bool is_driver_installed();   // whether it can be used or not
+HEED_API std::string why_no_driver();  // empty where there is one that can
 HEED_API int driver_version();         // the newest CUDA that it serves, such as 13000; 0 without a driver
 HEED_API std::string device_name(int device);
 HEED_API int compute_capability(int device);  // times ten, such as 90; 0 for a device that is not there
-HEED_API int current_device();                // of the calling thread's current context; -1 without one
 
 // Makes a device's primary context current for a scope. Does nothing where it is current already.
 class HEED_API DeviceScope {
@@ -88,8 +88,5 @@ class HEED_API DeviceScope {
  private:
   bool pushed_ = false;
 };
-
-// Whether the stream is being captured into a graph; null is the default stream.
-HEED_API bool is_capturing(void* stream);
 
 }  // namespace heed::cuda

@@ -201,12 +201,6 @@ int compute_capability(int device) {
   return capability;
 }
 
-int current_device() {
-  const DriverApi* api = driver();
-  CUdevice device = -1;
-  return api != nullptr && api->ctx_get_device(&device) == kCudaSuccess ? device : -1;
-}
-
 DeviceScope::DeviceScope(int device) {
   const DriverApi& api = required_driver();
   const CUcontext wanted = primary_context(api, device);
@@ -254,16 +248,6 @@ void launch(const LoadedKernel& kernel, const LaunchConfig& config, const void* 
                           static_cast<unsigned>(kernel.num_threads), 1, 1, static_cast<unsigned>(kernel.shared_bytes),
                           static_cast<CUstream>(config.stream), arguments, nullptr),
         "cuLaunchKernel");
-}
-
-bool is_capturing(void* stream) {
-  const DriverApi* api = driver();
-  if (api == nullptr) return false;
-  int status = kStreamCaptureStatusNone;
-  const CUresult result = api->stream_is_capturing(static_cast<CUstream>(stream), &status);
-  // The default stream cannot be asked while another one that it waits for is captured.
-  if (result == kCudaErrorStreamCaptureImplicit) return true;
-  return result == kCudaSuccess && status != kStreamCaptureStatusNone;
 }
 
 }  // namespace heed::cuda

@@ -86,10 +86,6 @@ int cuCtxGetCurrent(void** context) {
   *context = current() < 0 ? nullptr : &context_tags[current()];
   return kSuccess;
 }
-int cuCtxGetDevice(int* device) {
-  *device = current();
-  return current() < 0 ? kInvalidContext : kSuccess;
-}
 int cuCtxPushCurrent_v2(void* context) {
   contexts.push_back(static_cast<int>(static_cast<char*>(context) - context_tags));
   return kSuccess;
@@ -103,10 +99,6 @@ int cuCtxPopCurrent_v2(void** context) {
 int cuThreadExchangeStreamCaptureMode(int* mode) {
   std::swap(*mode, capture_mode);
   return kSuccess;
-}
-int cuStreamIsCapturing(void*, int* status) {
-  *status = record.stream_status;
-  return record.stream_result;
 }
 int cuLibraryLoadData(void** library, const void* code, int*, void**, unsigned, int*, void**, unsigned) {
   if (std::memcmp(code,

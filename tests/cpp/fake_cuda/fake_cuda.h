@@ -26,8 +26,6 @@ struct Record {
   std::vector<Launch> launches;
   std::vector<int> capture_modes;  // of the thread, when a library was loaded
   std::string failing_call;        // which one fails next, once
-  int stream_status = 0;           // what cuStreamIsCapturing says
-  int stream_result = 0;           // what it returns
 };
 
 }  // namespace fake_cuda
