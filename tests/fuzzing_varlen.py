@@ -82,6 +82,7 @@ def spoil_varlen_call(rng: np.random.Generator, case: Case) -> dict[str, Any]:
         name = pick(rng, *BAD_OPTIONS)
         return {name: pick(rng, *BAD_OPTIONS[name])}
     how = int(rng.integers(7))
+    bad: tuple[Any, ...]
     if how == 0:
         which = pick(rng, "q", "k", "v")
         array: np.ndarray = {"q": q, "k": k, "v": v}[which]
