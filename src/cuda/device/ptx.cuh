@@ -6,6 +6,9 @@ namespace heed::cuda {
 using uint32 = unsigned int;
 using uint64 = unsigned long long;
 
+// What the launch asks for; each kernel lays it out itself.
+extern __shared__ __align__(1024) char shared_memory[];
+
 namespace ptx {
 
 // threadIdx.x, read anew at each use: the compiler does not keep what it derives from it in registers.

@@ -40,8 +40,6 @@
 
 namespace heed::cuda {
 
-extern __shared__ __align__(1024) char shared_memory[];
-
 template <Sm80AttentionFwdSpec kSpec>
 struct Sm80AttentionFwd {
   using Params = Sm80AttentionFwdParams;

@@ -1,0 +1,260 @@
+// A block of GPU threads on the CPU, so that device code runs and is tested where there is no GPU: every thread is a
+// fiber, and CUDA's built-in functions are ordinary ones that wait for the other fibers. Warps take turns at random,
+// and so do the lanes of a warp: a barrier that is missing shows as a wrong result. The instructions are in
+// cuda/device/ptx.cuh beside this file.
+#pragma once
+
+#include <ucontext.h>
+
+#include <algorithm>
+#include <array>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <random>
+#include <utility>
+#include <vector>
+
+#define __device__
+#define __host__
+#define __forceinline__ inline
+#define __noinline__
+#define __shared__ static
+#define __align__(bytes) __attribute__((aligned(bytes)))
+
+struct uint4 {
+  unsigned x, y, z, w;
+};
+
+struct ThreadIndex {
+  unsigned x = 0;
+};
+inline ThreadIndex threadIdx;
+inline ThreadIndex blockIdx;
+
+namespace heed::device_emulation {
+
+inline constexpr int kWarpSize = 32;
+inline constexpr int kNumWarps = 4;
+inline constexpr int kNumThreads = kNumWarps * kWarpSize;
+inline constexpr size_t kStackBytes = size_t{1} << 18;
+inline constexpr size_t kMaxSharedBytes = 99 << 10;  // of a block, on every GPU since Ampere
+inline constexpr int kMaxTurns = 1 << 22;            // more than any case takes: the block hangs
+
+alignas(1024) inline char shared_memory[kMaxSharedBytes];
+
+[[noreturn]] inline void fail(const char* what) {
+  std::fprintf(stderr, "device emulation: %s\n", what);
+  std::abort();
+}
+
+// What the lanes of a warp do together.
+enum class Collective : char { kSyncWarp, kShuffle, kBallot, kLoadMatrix, kLoadedMatrix, kMultiply };
+using LaneValues = std::array<uint32_t, 6>;
+
+struct Exchange {
+  Collective kinds[kWarpSize];
+  LaneValues values[kWarpSize];
+  unsigned num_arrived;  // over all rounds
+};
+
+struct AsyncCopy {
+  uint32_t to;
+  const void* from;
+  int num_bytes;
+};
+
+struct Thread {
+  ucontext_t context;
+  std::unique_ptr<char[]> stack;
+  bool is_done;
+  unsigned num_collectives;
+  std::vector<AsyncCopy> copies;  // in flight
+};
+
+struct Block {
+  std::function<void()> body;
+  ucontext_t scheduler;
+  Thread threads[kNumThreads];
+  int current = 0;
+  Exchange exchanges[kNumWarps][2];  // used in turn: nobody is two rounds ahead of a lane that still reads
+  int num_at_barrier = 0;
+  unsigned num_barriers = 0;
+  bool any_at_barrier[2];
+  size_t shared_bytes = 0;
+  bool copies_late = false;  // asynchronous copies arrive when they are waited for, else at once
+  std::mt19937 random{1};
+};
+inline Block block;
+
+inline int current_lane() { return block.current % kWarpSize; }
+
+inline void give_way() { swapcontext(&block.threads[block.current].context, &block.scheduler); }
+
+// Every lane leaves its values and gets those of all.
+inline const LaneValues* exchange(Collective kind, const LaneValues& values) {
+  const int lane = current_lane();
+  const unsigned round = block.threads[block.current].num_collectives++;
+  Exchange& shared = block.exchanges[block.current / kWarpSize][round % 2];
+  shared.kinds[lane] = kind;
+  shared.values[lane] = values;
+  ++shared.num_arrived;
+  while (shared.num_arrived < kWarpSize * (round / 2 + 1)) give_way();
+  for (const Collective other : shared.kinds) {
+    if (other != kind) fail("the lanes of a warp meet at different instructions");
+  }
+  return shared.values;
+}
+
+inline bool wait_for_block(bool value) {
+  const unsigned round = block.num_barriers;
+  block.any_at_barrier[round % 2] |= value;
+  if (++block.num_at_barrier == kNumThreads) {
+    block.num_at_barrier = 0;
+    block.any_at_barrier[(round + 1) % 2] = false;
+    ++block.num_barriers;
+  }
+  while (block.num_barriers == round) give_way();
+  return block.any_at_barrier[round % 2];
+}
+
+inline void run_thread() {
+  block.body();
+  block.threads[block.current].is_done = true;
+  give_way();
+}
+
+inline void start_thread(Thread& thread) {
+  if (thread.stack == nullptr) thread.stack.reset(new char[kStackBytes]);
+  thread.is_done = false;
+  thread.num_collectives = 0;
+  thread.copies.clear();
+  getcontext(&thread.context);
+  thread.context.uc_stack.ss_sp = thread.stack.get();
+  thread.context.uc_stack.ss_size = kStackBytes;
+  thread.context.uc_link = &block.scheduler;
+  makecontext(&thread.context, run_thread, 0);
+}
+
+// A warp runs alone for some rounds, its lanes in either order from any of them on.
+inline void run_some_warp() {
+  const int warp = static_cast<int>(block.random() % kNumWarps);
+  const int num_rounds = 1 + static_cast<int>(block.random() % 64);
+  const int first = static_cast<int>(block.random() % kWarpSize);
+  const int step = block.random() % 2 == 0 ? 1 : kWarpSize - 1;
+  for (int turn = 0; turn < num_rounds * kWarpSize; ++turn) {
+    const int thread = warp * kWarpSize + (first + turn * step) % kWarpSize;
+    if (block.threads[thread].is_done) continue;
+    block.current = thread;
+    threadIdx.x = static_cast<unsigned>(thread);
+    swapcontext(&block.scheduler, &block.threads[thread].context);
+  }
+}
+
+inline void run_block(unsigned index, size_t shared_bytes, std::function<void()> body) {
+  if (shared_bytes > kMaxSharedBytes) fail("too much shared memory");
+  block.body = std::move(body);
+  block.shared_bytes = shared_bytes;
+  block.num_at_barrier = 0;
+  block.num_barriers = 0;
+  std::fill(std::begin(block.any_at_barrier), std::end(block.any_at_barrier), false);
+  std::memset(block.exchanges, 0, sizeof block.exchanges);
+  std::memset(shared_memory, 0xFF, sizeof shared_memory);  // NaN in every type
+  blockIdx.x = index;
+  for (Thread& thread : block.threads) start_thread(thread);
+  const auto is_done = [](const Thread& thread) { return thread.is_done; };
+  int num_turns = 0;
+  while (!std::all_of(std::begin(block.threads), std::end(block.threads), is_done)) {
+    run_some_warp();
+    if (++num_turns > kMaxTurns) fail("threads wait for one another for ever");
+  }
+}
+
+template <class To, class From>
+To bits_as(From from) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  std::memcpy(&to, &from, sizeof to);
+  return to;
+}
+
+template <class T>
+T shuffle(T value, int from) {
+  const LaneValues* values = exchange(Collective::kShuffle, {bits_as<uint32_t>(value)});
+  return bits_as<T>(values[from][0]);
+}
+
+}  // namespace heed::device_emulation
+
+// ---------------------------------------------------------------------------------------------------------------------
+// CUDA's built-in functions, under their own names.
+
+using std::max;
+using std::min;
+inline long long min(long long a, int b) { return std::min<long long>(a, b); }
+inline long long min(int a, long long b) { return std::min<long long>(a, b); }
+inline long long max(long long a, int b) { return std::max<long long>(a, b); }
+inline long long max(int a, long long b) { return std::max<long long>(a, b); }
+
+inline void __syncthreads() { heed::device_emulation::wait_for_block(false); }
+inline int __syncthreads_or(int value) { return heed::device_emulation::wait_for_block(value != 0) ? 1 : 0; }
+inline void __syncwarp() {
+  using heed::device_emulation::Collective;
+  heed::device_emulation::exchange(Collective::kSyncWarp, {});
+}
+
+template <class T>
+T __shfl_sync(unsigned /*mask*/, T value, int from) {
+  return heed::device_emulation::shuffle(value, from & 31);
+}
+template <class T>
+T __shfl_xor_sync(unsigned /*mask*/, T value, int mask) {
+  return heed::device_emulation::shuffle(value, heed::device_emulation::current_lane() ^ mask);
+}
+template <class T>
+T __shfl_up_sync(unsigned /*mask*/, T value, int distance) {
+  const int lane = heed::device_emulation::current_lane();
+  return heed::device_emulation::shuffle(value, lane < distance ? lane : lane - distance);
+}
+inline unsigned __ballot_sync(unsigned /*mask*/, int value) {
+  using heed::device_emulation::Collective;
+  const auto* values = heed::device_emulation::exchange(Collective::kBallot, {value != 0 ? 1u : 0u});
+  unsigned bits = 0;
+  for (int lane = 0; lane < heed::device_emulation::kWarpSize; ++lane) bits |= values[lane][0] << lane;
+  return bits;
+}
+inline int __any_sync(unsigned mask, int value) { return __ballot_sync(mask, value) != 0 ? 1 : 0; }
+inline int __ffs(int bits) { return __builtin_ffs(bits); }
+
+// Fibers change at collectives only, so that these need no more.
+inline int atomicMin(int* at, int value) {
+  const int old = *at;
+  *at = std::min(old, value);
+  return old;
+}
+inline int atomicMax(int* at, int value) {
+  const int old = *at;
+  *at = std::max(old, value);
+  return old;
+}
+inline unsigned atomicOr(unsigned* at, unsigned value) {
+  const unsigned old = *at;
+  *at |= value;
+  return old;
+}
+
+// Volatile: never contracted or folded, as CUDA promises of them.
+inline float __fadd_rn(float a, float b) {
+  volatile float sum = a + b;
+  return sum;
+}
+inline float __fsub_rn(float a, float b) {
+  volatile float difference = a - b;
+  return difference;
+}
+inline unsigned __float_as_uint(float x) { return heed::device_emulation::bits_as<unsigned>(x); }
+inline float __uint_as_float(unsigned bits) { return heed::device_emulation::bits_as<float>(bits); }
+inline float __int_as_float(int bits) { return heed::device_emulation::bits_as<float>(bits); }
