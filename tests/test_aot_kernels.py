@@ -52,11 +52,11 @@ def test_the_list_has_what_common_calls_get(arch: str) -> None:
 
 
 def allowed_spill_bytes(text: str, arch: str) -> int | None:
-    """None for head dims above 128, where nothing is promised. float32 at 128 spills a little where it is not tuned."""
+    """None for head dims above 128, where nothing is promised. float32 at 128 spills a little on older GPUs."""
     dim = largest_head_dim(text)
     if dim is not None and dim > 128:
         return None
-    return 128 if "kFloat32" in text and dim == 128 and arch != "sm_90a" else 0
+    return 48 if "kFloat32" in text and dim == 128 and arch in ("sm_80", "sm_89") else 0
 
 
 @needs_nvrtc

@@ -4,7 +4,6 @@
 namespace heed::cuda {
 
 using uint32 = unsigned int;
-using uint64 = unsigned long long;
 
 // What the launch asks for; each kernel lays it out itself.
 extern __shared__ __align__(1024) char shared_memory[];

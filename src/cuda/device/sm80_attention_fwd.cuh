@@ -18,8 +18,8 @@
 // stays below 2^8, harmless in any type, and O is almost never rescaled.
 //
 // Copies. With two stages, K and V of the next step arrive by cp.async while this one is computed: one barrier a step.
-// With one stage, V arrives during Q K^T and the next K during P V: two barriers. Rows past the end
-// arrive as zeros, never as what lies behind (0 * NaN is NaN). Shared memory rows are swizzled: no bank conflicts.
+// With one stage, V arrives during Q K^T and the next K during P V: two barriers. Rows past the end arrive as zeros,
+// never as what lies behind (0 * NaN is NaN). Shared memory rows are swizzled: no bank conflicts.
 //
 // L2. Blocks that run at the same time share K and V: consecutive ones take tiles of the same head, or of as many heads
 // as fit L2 where a causal mask makes the last tiles the longest and they must come first (attention_work.cuh).

@@ -15,7 +15,7 @@
 namespace heed::cuda {
 
 // One specialised kernel, before it is compiled. `family` names its header, cuda/device/<family>.cuh; `instance` is a
-// C++ type of that header in namespace heed::cuda, such as "Sm80AttentionFwd<{.dtype = ...}>", with
+// C++ type of that header in namespace heed::cuda, such as "Sm80AttentionFwd<Sm80AttentionFwdSpec{...}>", with
 //   kNumThreads, kMinBlocksPerSm, kSharedBytes (constants), Params (a type), run(const Params&) (a device function).
 // Its text, "<family> <instance>" on one line, is an entry of the ahead-of-time list and of recorded lists.
 struct KernelSpec {

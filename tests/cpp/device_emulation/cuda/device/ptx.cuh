@@ -9,7 +9,6 @@
 namespace heed::cuda {
 
 using uint32 = unsigned int;
-using uint64 = unsigned long long;
 using device_emulation::shared_memory;
 
 namespace ptx {
