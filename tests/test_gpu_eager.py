@@ -190,7 +190,7 @@ def test_calls_on_many_streams_and_threads_at_once(torch: Any) -> None:
 
 @pytest.mark.multi_gpu
 def test_multi_torch_on_another_device_than_the_current_one(torch: Any) -> None:
-    assert torch.cuda.current_device() == 0
+    torch.cuda.set_device(0)  # whatever JAX left
     q, k, v, arrays = torch_inputs(BY_NAME["everything"], "cuda:1")
     options = BY_NAME["everything"].static_options()
     out, lse = flash_mha(q, k, v, return_lse=True, **arrays, **options)

@@ -423,8 +423,8 @@ HWY_NOINLINE void store_panel(const ForwardPlan& plan, const Item& item, const P
     const int64_t query = (panel.first_row + r) / plan.group;
     const int64_t head = (panel.first_row + r) % plan.group;
     const double sink = sinks == nullptr ? 0.0 : sinks[head * item.sinks.head];
-    const auto end = variants::finish_row<double>(panel.row_max[r] * natural, panel.row_sum[r], sinks != nullptr, sink,
-                                                  [](double x) { return std::exp(x); });
+    const auto end = variants::finish_row<double>(panel.row_max[r] * natural, 0.0, panel.row_sum[r], sinks != nullptr,
+                                                  sink, [](double x) { return std::exp(x); });
     store_row<Storage>(by_row + r * kRowStride, static_cast<float>(end.divisor), plan.head_dim_v,
                        out + query * item.out.token + head * item.out.head, item.out.dim);
     if (lse != nullptr) {

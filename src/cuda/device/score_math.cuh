@@ -7,9 +7,7 @@ namespace heed::cuda {
 
 inline constexpr float kInfinity = __builtin_bit_cast(float, 0x7f800000);
 inline constexpr float kLog2E = 1.4426950408889634f;
-// ln(2) as the sum of two floats: 16 bits, then the rest.
-inline constexpr float kLn2High = 0.693145751953125f;
-inline constexpr float kLn2Low = 1.42860677e-06f;
+inline constexpr float kLn2 = 0.6931471805599453f;
 
 // What score formulas calculate with (variants/variant.h).
 struct ScoreMath {

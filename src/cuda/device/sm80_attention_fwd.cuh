@@ -427,14 +427,15 @@ struct Sm80AttentionFwd {
         float sum = rows.sum[row_tile][half];
         sum += __shfl_xor_sync(0xffffffffu, sum, 1);
         sum += __shfl_xor_sync(0xffffffffu, sum, 2);
-        // The reference in natural units, as the probabilities had it.
-        const float exponent = rows.top[row_tile][half] * exponent_scale(params);
-        const float natural = rows.top[row_tile][half] * (kSpec.has_score_transform() ? 1.0f : params.scale);
-        const float top = rows.is_steep ? natural : fmaf(exponent, kLn2High, exponent * kLn2Low);
-        const auto end = variants::finish_row(top, sum, has_sink, sink, [](float x) { return expf(x); });
+        // The reference in natural units, and how far the probabilities' own is from what was rounded to it.
+        const float top = rows.top[row_tile][half], natural_scale = kSpec.has_score_transform() ? 1.0f : params.scale;
+        float rest = rows.is_steep ? 0.0f : rounding_of(top, exponent_scale(params)) * kLn2;
+        rest = fabsf(top) < kInfinity ? rest - rounding_of(top, natural_scale) : 0.0f;
+        const auto end =
+            variants::finish_row(top * natural_scale, rest, sum, has_sink, sink, [](float x) { return expf(x); });
         const int row = warp_row + row_tile * 16 + half * 8 + lane.row;
         if (lse != nullptr && lane.column == 0 && work.q_begin + row < work.q_len) {
-          lse[(work.q_begin + row) * params.lse.token] = end.top + logf(end.total);
+          lse[(work.q_begin + row) * params.lse.token] = end.top + (end.rest + logf(end.total));
         }
         // A reciprocal would cost float32 its last bit.
         const auto divided = [&](float x) { return kIsFloat32 ? x / end.divisor : x * (1.0f / end.divisor); };
