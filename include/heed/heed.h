@@ -165,6 +165,58 @@ struct AttentionForwardArgs {
 // args.stream, and the first one of its kind finds or compiles its kernel.
 HEED_API void attention_forward(const AttentionForwardArgs& args, const AttentionOptions& options = {});
 
+// Operands of attention_backward: the inputs of attention_forward, what it returned for them, the gradients of its
+// results, and where the gradients of its inputs go. Leading axes and strides are free as in attention_forward: every
+// input has the same number of leading axes, each of the full size or 1. Gradients have all leading axes in full.
+//
+// The gradients of sinks and slopes are sums over the queries of one batch row; whoever wants one gradient per head
+// sums them over B.
+struct AttentionBackwardArgs {
+  // The inputs of attention_forward, as they were given to it.
+  TensorView q;
+  TensorView k;
+  TensorView v;
+  TensorView sinks;
+  TensorView alibi_slopes;
+  TensorView q_segment_ids;
+  TensorView kv_segment_ids;
+  TensorView cu_seqlens_q;
+  TensorView cu_seqlens_k;
+  TensorView seqused_k;
+
+  TensorView out;   // [B, Lq, Hq, Dv] or [Tq, Hq, Dv], dtype of q: what attention_forward wrote
+  TensorView lse;   // [B, Hq, Lq] or [Hq, Tq] float32: what attention_forward wrote
+  TensorView dout;  // gradient of out, with its shape and dtype
+  TensorView dlse;  // optional gradient of lse, with its shape and dtype; absent: 0
+
+  TensorView dq;             // written, shape and dtype of q
+  TensorView dk;             // written, shape and dtype of k: the sum over the query heads that share a KV head
+  TensorView dv;             // written, shape and dtype of v: likewise
+  TensorView dsinks;         // written, [B, Hq] or, with cu_seqlens_q, [Hq] float32: given if and only if sinks is
+  TensorView dalibi_slopes;  // written, the same for alibi_slopes
+  TensorView workspace;      // attention_backward_workspace_bytes() of contiguous float32, aligned to 16 bytes: scratch
+  void* stream = nullptr;    // CUDA stream for tensors on a GPU (null: the default stream)
+};
+
+// Gradients of attention_forward. With p_ij = exp(s_ij - lse_i) (0 where key j is masked),
+//   delta_i = <dout_i, out_i> - dlse_i,   ds_ij = p_ij (<dout_i, v_j> - delta_i),
+//   dv_j = sum_i p_ij dout_i,   dq_i = scale sum_j ds_ij k_j,   dk_j = scale sum_i ds_ij q_i
+// (with a soft cap, dq and dk take ds_ij times the cap's derivative), and for a head's sink and slope
+//   dsink = -sum_i exp(sink - lse_i) delta_i,   dslope = -sum_ij ds_ij |distance from the diagonal|.
+// Queries without a visible key get gradient 0 and give none but to their sink. Keys that no query sees and rows
+// outside every sequence get gradient 0. Masked pairs contribute nothing, whatever the operands hold there. Sums are
+// float32; on a GPU, float16 and bfloat16 round p and ds to their dtype before the products. On the CPU the result is
+// bitwise the same at every call; on a GPU, if options.deterministic. The gradients must not share memory with each
+// other or with an input (not checked).
+// Throws ValueError, TypeError or UnsupportedError before anything is written. On a GPU the call is asynchronous on
+// args.stream, and the first one of its kind finds or compiles its kernels.
+HEED_API void attention_backward(const AttentionBackwardArgs& args, const AttentionOptions& options = {});
+
+// The bytes that `workspace` must hold for a call of attention_backward: exact, 0 if none is needed (`workspace` may
+// then be absent). The inputs need no memory, and the gradients need not be there.
+HEED_API int64_t attention_backward_workspace_bytes(const AttentionBackwardArgs& args,
+                                                    const AttentionOptions& options = {});
+
 // ---------------------------------------------------------------------------------------------------------------------
 // The library.
 

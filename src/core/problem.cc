@@ -1,162 +1,53 @@
-// The problem's canonical text: writing and parsing.
+// The text of attention forward's problem, and what follows from the problem's sizes.
 #include "core/problem.h"
 
-#include <charconv>
-#include <cmath>
-#include <cstdlib>
-#include <limits>
+#include <algorithm>
 
-#include "core/dtype.h"
+#include "core/problem_text.h"
 
 namespace heed {
 namespace {
 
-constexpr std::string_view kBackendNames[] = {"auto", "cpu", "sm80", "sm90"};
-constexpr std::string_view kAlignNames[] = {"bottom_right", "top_left"};
-
-std::string to_hex(double value) {
-  if (std::isnan(value)) return "nan";
-  if (std::isinf(value)) return value > 0 ? "inf" : "-inf";
-  char buffer[40];
-  auto [end, error] = std::to_chars(buffer, buffer + sizeof(buffer), std::abs(value), std::chars_format::hex);
-  return (std::signbit(value) ? "-0x" : "0x") + std::string(buffer, end);
-}
-
-// Reads the text from left to right; every field is required to be where the schema has it.
-class Reader {
- public:
-  explicit Reader(std::string_view text) : text_(text) {}
-
-  [[noreturn]] void fail(const std::string& expected) const {
-    throw ValueError("problem: got \"" + std::string(text_.substr(at_, 40)) + "\" at position " + std::to_string(at_) +
-                     ", expected " + expected);
-  }
-  bool take(std::string_view token) {
-    if (!text_.substr(at_).starts_with(token)) return false;
-    at_ += token.size();
-    return true;
-  }
-  void expect(std::string_view token) {
-    if (!take(token)) fail("\"" + std::string(token) + "\"");
-  }
-  int64_t integer() {
-    int64_t value = 0;
-    auto [end, error] = std::from_chars(begin(), end_of_text(), value);
-    if (error != std::errc()) fail("an integer");
-    at_ += static_cast<size_t>(end - begin());
-    return value;
-  }
-  bool flag() {
-    if (take("0")) return false;
-    if (take("1")) return true;
-    fail("0 or 1");
-  }
-  double real() {
-    const bool is_negative = take("-");
-    double value = 0.0;
-    if (take("nan")) return std::numeric_limits<double>::quiet_NaN();
-    if (take("inf")) return is_negative ? -HUGE_VAL : HUGE_VAL;
-    expect("0x");
-    auto [end, error] = std::from_chars(begin(), end_of_text(), value, std::chars_format::hex);
-    if (error != std::errc()) fail("a hexadecimal number");
-    at_ += static_cast<size_t>(end - begin());
-    return is_negative ? -value : value;
-  }
-  template <size_t kCount>
-  size_t one_of(const std::string_view (&names)[kCount], const char* what) {
-    for (size_t i = 0; i < kCount; ++i) {
-      if (take(names[i])) return i;
-    }
-    fail(what);
-  }
-  TensorSpec tensor() {
-    TensorSpec spec;
-    spec.present = true;
-    const size_t bracket = text_.find('[', at_);
-    if (bracket == std::string_view::npos || bracket - at_ > 32) fail("a dtype and a shape in brackets");
-    spec.dtype = text_.substr(at_, bracket - at_);
-    at_ = bracket + 1;
-    if (take("]")) return spec;
-    do {
-      spec.shape.push_back(integer());
-      if (spec.shape.size() > 64) fail("at most 64 axes");
-    } while (take(","));
-    expect("]");
-    return spec;
-  }
-  bool at_end() const { return at_ == text_.size(); }
-
- private:
-  const char* begin() const { return text_.data() + at_; }
-  const char* end_of_text() const { return text_.data() + text_.size(); }
-
-  std::string_view text_;
-  size_t at_ = 0;
-};
-
-std::string shape_text(const std::vector<int64_t>& shape) {
-  std::string text = "[";
-  for (size_t i = 0; i < shape.size(); ++i) text += (i == 0 ? "" : ",") + std::to_string(shape[i]);
-  return text + "]";
+std::vector<int64_t> append(std::vector<int64_t> shape, std::initializer_list<int64_t> more) {
+  shape.insert(shape.end(), more);
+  return shape;
 }
 
 }  // namespace
 
+std::vector<int64_t> AttentionProblem::out_shape() const {
+  if (is_varlen) return append(lead, {q_len, num_q_heads, head_dim_v});
+  return append(lead, {batch, q_len, num_q_heads, head_dim_v});
+}
+
+std::vector<int64_t> AttentionProblem::lse_shape() const {
+  if (is_varlen) return append(lead, {num_q_heads, q_len});
+  return append(lead, {batch, num_q_heads, q_len});
+}
+
+int AttentionProblem::num_inputs() const {
+  return static_cast<int>(
+      std::count_if(operands.begin(), operands.end(), [](const TensorSpec& spec) { return spec.present; }));
+}
+
+int64_t AttentionProblem::num_heads_in_all() const {
+  int64_t count = (is_varlen ? 1 : batch) * num_q_heads;
+  for (int64_t size : lead) count *= size;
+  return count;
+}
+
 std::string to_text(const AttentionRequest& request) {
-  const AttentionOptions& options = request.options;
-  std::string text(kAttentionFwdSchema);
-  for (int i = 0; i < kNumAttentionInputs; ++i) {
-    const TensorSpec& spec = request.operands[i];
-    if (!spec.present) continue;
-    text += ";" + std::string(kAttentionOperandNames[i]) + "=" + spec.dtype + shape_text(spec.shape);
-  }
-  text += ";scale=" + (options.softmax_scale ? to_hex(*options.softmax_scale) : "default");
-  text += options.is_causal ? ";causal=1" : ";causal=0";
-  text += ";align=" + std::string(kAlignNames[static_cast<int>(options.causal_align)]);
-  text += ";window=" + std::to_string(options.window_left) + "," + std::to_string(options.window_right);
-  if (request.operands[kCuSeqlensQ].present) {
-    text += ";max_seqlen=" + std::to_string(options.max_seqlen_q) + "," + std::to_string(options.max_seqlen_k);
-  }
-  text += ";softcap=" + to_hex(options.softcap);
-  text += request.wants_lse ? ";lse=1" : ";lse=0";
-  text += options.deterministic ? ";deterministic=1" : ";deterministic=0";
-  text += ";backend=" + std::string(kBackendNames[static_cast<int>(options.backend)]);
-  return text;
+  return std::string(kAttentionFwdSchema) + operand_fields(kAttentionOperandNames, request.operands) +
+         option_fields(request.options, request.operands[kCuSeqlensQ].present, &request.wants_lse);
 }
 
 AttentionRequest parse_attention_request(std::string_view text) {
   AttentionRequest request;
-  AttentionOptions& options = request.options;
-  Reader reader(text);
+  TextReader reader(text);
   reader.expect(kAttentionFwdSchema);
-  for (int i = 0; i < kNumAttentionInputs; ++i) {
-    if (reader.take(";" + std::string(kAttentionOperandNames[i]) + "=")) request.operands[i] = reader.tensor();
-  }
-  reader.expect(";scale=");
-  if (!reader.take("default")) options.softmax_scale = reader.real();
-  reader.expect(";causal=");
-  options.is_causal = reader.flag();
-  reader.expect(";align=");
-  options.causal_align = static_cast<CausalAlign>(reader.one_of(kAlignNames, "bottom_right or top_left"));
-  reader.expect(";window=");
-  options.window_left = reader.integer();
-  reader.expect(",");
-  options.window_right = reader.integer();
-  if (request.operands[kCuSeqlensQ].present) {
-    reader.expect(";max_seqlen=");
-    options.max_seqlen_q = reader.integer();
-    reader.expect(",");
-    options.max_seqlen_k = reader.integer();
-  }
-  reader.expect(";softcap=");
-  options.softcap = reader.real();
-  reader.expect(";lse=");
-  request.wants_lse = reader.flag();
-  reader.expect(";deterministic=");
-  options.deterministic = reader.flag();
-  reader.expect(";backend=");
-  options.backend = static_cast<Backend>(reader.one_of(kBackendNames, "auto, cpu, sm80 or sm90"));
-  if (!reader.at_end()) reader.fail("the end of the text");
+  read_operands(reader, kAttentionOperandNames, request.operands);
+  read_options(reader, request.options, request.operands[kCuSeqlensQ].present, &request.wants_lse);
+  reader.expect_end();
   return request;
 }
 

@@ -70,6 +70,8 @@ struct AttentionProblem {
   HEED_API std::vector<int64_t> lse_shape() const;
   HEED_API int num_inputs() const;  // operands that are there
   int num_outputs() const { return wants_lse ? 2 : 1; }
+  HEED_API int64_t num_heads_in_all() const;  // query heads of every leading index and batch row
+  Backend asked_backend() const { return backend; }
 };
 
 // Canonical text, on one line, such as

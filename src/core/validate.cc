@@ -6,99 +6,11 @@
 #include <utility>
 
 #include "core/dtype.h"
+#include "core/operand_checks.h"
 #include "core/problem.h"
 
 namespace heed {
 namespace {
-
-constexpr int64_t kMaxHeadDim = 256;
-
-std::string show(const std::vector<int64_t>& shape) {
-  std::string text = "[";
-  for (size_t i = 0; i < shape.size(); ++i) text += (i == 0 ? "" : ", ") + std::to_string(shape[i]);
-  return text + "]";
-}
-
-[[noreturn]] void value_error(std::string_view tensor, const std::string& got, const std::string& expected) {
-  throw ValueError(std::string(tensor) + ": got " + got + ", expected " + expected);
-}
-
-// One name of a dimension and the operand that bound it, so that a later mismatch can name both.
-struct Dim {
-  std::string_view name;
-  int64_t size = -1;
-  std::string_view bound_by = {};
-};
-
-class Checker {
- public:
-  explicit Checker(const AttentionRequest& request) : request_(request) {}
-
-  // Checks rank and dtype of operand `index`, binds its own (trailing) axes to `dims` and its leading axes to `lead`.
-  void bind(int index, std::initializer_list<Dim*> dims, std::string_view dtype) {
-    const TensorSpec& spec = request_.operands[index];
-    const std::string_view name = kAttentionOperandNames[index];
-    if (!spec.present) value_error(name, "nothing", "a tensor");
-    if (spec.dtype != dtype) {
-      throw TypeError(std::string(name) + ": got dtype " + spec.dtype + ", expected " + std::string(dtype) +
-                      (index == kK || index == kV ? " (the dtype of q)" : ""));
-    }
-    const size_t num_lead = index == kQ ? std::max<size_t>(spec.shape.size(), dims.size()) - dims.size() : lead.size();
-    if (spec.shape.size() > kMaxLeadAxes + dims.size()) {
-      value_error(name, "rank " + std::to_string(spec.shape.size()),
-                  "at most " + std::to_string(kMaxLeadAxes) + " leading axes");
-    }
-    if (spec.shape.size() != num_lead + dims.size()) {
-      value_error(name, "shape " + show(spec.shape) + " of rank " + std::to_string(spec.shape.size()),
-                  describe(dims, num_lead));
-    }
-    for (int64_t size : spec.shape) {
-      if (size < 0) value_error(name, "shape " + show(spec.shape), "sizes of 0 or more");
-    }
-    if (index == kQ) lead.assign(spec.shape.begin(), spec.shape.begin() + static_cast<int64_t>(num_lead));
-    for (size_t axis = 0; axis < num_lead; ++axis) bind_lead(name, spec, axis);
-    size_t axis = num_lead;
-    for (Dim* dim : dims) bind_dim(name, spec, axis++, *dim);
-  }
-
-  std::vector<int64_t> lead;
-
- private:
-  std::string describe(std::initializer_list<Dim*> dims, size_t num_lead) const {
-    std::string text = "rank " + std::to_string(num_lead + dims.size()) + ": [";
-    if (num_lead > 0) text += std::to_string(num_lead) + " leading axes, ";
-    bool is_first = true;
-    for (const Dim* dim : dims) {
-      text += (is_first ? "" : ", ") + std::string(dim->name);
-      is_first = false;
-    }
-    return text + "]";
-  }
-
-  void bind_lead(std::string_view name, const TensorSpec& spec, size_t axis) {
-    const int64_t size = spec.shape[axis];
-    if (lead[axis] == 1) lead[axis] = size;
-    if (size != 1 && size != lead[axis]) {
-      value_error(
-          name,
-          "shape " + show(spec.shape) + ": leading axis " + std::to_string(axis) + " of size " + std::to_string(size),
-          "size " + std::to_string(lead[axis]) + " or 1");
-    }
-  }
-
-  static void bind_dim(std::string_view name, const TensorSpec& spec, size_t axis, Dim& dim) {
-    const int64_t size = spec.shape[axis];
-    if (dim.size < 0) {
-      dim.size = size;
-      dim.bound_by = name;
-    } else if (dim.size != size) {
-      value_error(name, "shape " + show(spec.shape) + " with " + std::string(dim.name) + " " + std::to_string(size),
-                  std::string(dim.name) + " " + std::to_string(dim.size) + " as in " + std::string(dim.bound_by));
-    }
-  }
-
-  const AttentionRequest& request_;
-};
 
 void check_float(std::string_view name, double value) {
   if (!std::isfinite(value) || std::abs(value) > std::numeric_limits<float>::max()) {
@@ -132,6 +44,20 @@ void check_options(const AttentionOptions& options, bool is_varlen) {
     if (value != -1 && !is_varlen) value_error(name, std::to_string(value), "-1 without cu_seqlens_q");
   }
 }
+
+// Checks of the operands that a request numbers.
+class Checker : public OperandChecks {
+ public:
+  explicit Checker(const AttentionRequest& request) : request_(request) {}
+
+  void bind(int index, std::initializer_list<Dim*> dims, std::string_view dtype) {
+    OperandChecks::bind(kAttentionOperandNames[index], request_.operands[index], dims, dtype,
+                        index == kK || index == kV ? "q" : "");
+  }
+
+ private:
+  const AttentionRequest& request_;
+};
 
 // The sizes that the operands share.
 struct Dims {
@@ -192,38 +118,7 @@ Dims bind_operands(Checker& checker, const AttentionRequest& request) {
   return dims;
 }
 
-// Every tensor, the broadcast outputs included, has a number of elements that fits 64 bits with room for byte offsets.
-void check_sizes(std::string_view tensor, const std::vector<int64_t>& shape) {
-  int64_t count = 8;
-  for (int64_t size : shape) {
-    // An empty tensor's other sizes are multiplied too, by kernels and by whoever makes strides.
-    if (__builtin_mul_overflow(count, std::max<int64_t>(size, 1), &count)) {
-      value_error(tensor, "shape " + show(shape), "at most 2^60 elements");
-    }
-  }
-}
-
-std::vector<int64_t> append(std::vector<int64_t> shape, std::initializer_list<int64_t> more) {
-  shape.insert(shape.end(), more);
-  return shape;
-}
-
 }  // namespace
-
-std::vector<int64_t> AttentionProblem::out_shape() const {
-  if (is_varlen) return append(lead, {q_len, num_q_heads, head_dim_v});
-  return append(lead, {batch, q_len, num_q_heads, head_dim_v});
-}
-
-std::vector<int64_t> AttentionProblem::lse_shape() const {
-  if (is_varlen) return append(lead, {num_q_heads, q_len});
-  return append(lead, {batch, num_q_heads, q_len});
-}
-
-int AttentionProblem::num_inputs() const {
-  return static_cast<int>(
-      std::count_if(operands.begin(), operands.end(), [](const TensorSpec& spec) { return spec.present; }));
-}
 
 AttentionProblem validate(const AttentionRequest& request) {
   const auto& operands = request.operands;
@@ -274,10 +169,7 @@ AttentionProblem validate(const AttentionRequest& request) {
   problem.deterministic = options.deterministic;
   problem.backend = options.backend;
   problem.operands = operands;
-  const int64_t rows = dims.is_varlen ? 1 : dims.batch.size;
-  check_sizes("k", append(problem.lead, {rows, dims.kv_len.size, dims.kv_heads.size, kMaxHeadDim}));
-  check_sizes("q", append(problem.lead, {rows, dims.q_len.size, dims.q_heads.size, kMaxHeadDim}));
-  check_sizes("cu_seqlens_q", append(problem.lead, {dims.batch.size, dims.q_heads.size}));
+  check_problem_sizes(problem);
   return problem;
 }
 

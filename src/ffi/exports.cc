@@ -1,5 +1,5 @@
-// Every TVM-FFI export. Functions take DLPack tensors of any framework and only run: no allocation of tensor memory
-// here.
+// Every TVM-FFI export but those of the kernel compiler. Functions take DLPack tensors of any framework and only run:
+// no allocation of tensor memory here.
 #include <dlpack/dlpack.h>
 #include <tvm/ffi/container/array.h>
 #include <tvm/ffi/container/map.h>
@@ -13,164 +13,162 @@
 #include "core/dtype.h"
 #include "cuda/device_target.h"
 #include "cuda/jit/jit.h"
+#include "ffi/arguments.h"
 #include "ffi/device_ordinal.h"
+#include "ops/attention_bwd.h"
 #include "ops/attention_fwd.h"
 
 namespace {
 
 namespace ffi = tvm::ffi;
+using heed::ffi::guarded;
+using heed::ffi::string_argument;
+using heed::ffi::tensor_argument;
+using heed::ffi::view_argument;
+using Record = ffi::Map<ffi::String, ffi::Any>;
 
-// Runs `body` and turns heed's errors into TVM-FFI errors of the kind that Python users expect.
-template <class Body>
-int guarded(const Body& body) {
-  try {
-    body();
-    return 0;
-  } catch (const heed::UnsupportedError& error) {
-    TVMFFIErrorSetRaisedFromCStr("heed.UnsupportedError", error.what());
-  } catch (const heed::ValueError& error) {
-    TVMFFIErrorSetRaisedFromCStr("ValueError", error.what());
-  } catch (const heed::TypeError& error) {
-    TVMFFIErrorSetRaisedFromCStr("TypeError", error.what());
-  } catch (const ffi::Error& error) {
-    ffi::detail::SetSafeCallRaised(error);
-  } catch (const std::exception& error) {
-    TVMFFIErrorSetRaisedFromCStr("RuntimeError", error.what());
-  } catch (...) {
-    TVMFFIErrorSetRaisedFromCStr("RuntimeError", "unknown exception");
-  }
-  return -1;
-}
+// ---------------------------------------------------------------------------------------------------------------------
+// What the ops' exports differ in.
 
-// The bytes of a string argument, without a copy.
-std::string_view string_argument(const TVMFFIAny& argument, const char* name) {
-  switch (argument.type_index) {
-    case kTVMFFIRawStr:
-      return argument.v_c_str;
-    case kTVMFFISmallStr:
-      return {argument.v_bytes, argument.small_str_len};
-    case kTVMFFIStr: {
-      const TVMFFIByteArray* bytes = TVMFFIBytesGetByteArrayPtr(argument.v_obj);
-      return {bytes->data, bytes->size};
+struct AttentionFwd {
+  static constexpr std::string_view kName = "attention_fwd";
+  static constexpr auto& prepare = heed::prepare_attention_fwd;
+  static constexpr auto& load = heed::load_attention_fwd;
+  static constexpr auto& run = heed::run_attention_fwd;
+
+  static heed::AttentionForwardArgs views(const heed::AttentionProblem& problem, const TVMFFIAny* tensors) {
+    heed::AttentionForwardArgs views;
+    const heed::AttentionInputs inputs = heed::inputs_of(views);
+    for (int i = 0; i < heed::kNumAttentionInputs; ++i) {
+      const heed::TensorSpec& spec = problem.operands[i];
+      if (!spec.present) continue;
+      *inputs[i] = view_argument(*tensors++, heed::find_dtype(spec.dtype)->dtype, heed::kAttentionOperandNames[i]);
     }
-    default:
-      throw heed::TypeError(std::string(name) + ": got another type, expected a string");
+    views.out = view_argument(*tensors++, problem.dtype, "out");
+    if (problem.wants_lse) views.lse = view_argument(*tensors++, heed::DType::kFloat32, "lse");
+    return views;
   }
-}
+};
 
-heed::DType dtype_of(const DLTensor& tensor, heed::DType expected, std::string_view name) {
-  const DLDataType& dtype = tensor.dtype;
-  if (dtype.lanes == 1) {
-    if (dtype.code == kDLFloat && dtype.bits == 32) return heed::DType::kFloat32;
-    if (dtype.code == kDLFloat && dtype.bits == 16) return heed::DType::kFloat16;
-    if (dtype.code == kDLBfloat && dtype.bits == 16) return heed::DType::kBFloat16;
-    if (dtype.code == kDLInt && dtype.bits == 32) return heed::DType::kInt32;
-    // Frameworks whose DLPack has no bfloat16 pass its bits.
-    if (dtype.code == kDLUInt && dtype.bits == 16 && expected == heed::DType::kBFloat16) return expected;
-  }
-  throw heed::TypeError(std::string(name) + ": got a dtype with DLPack code " + std::to_string(dtype.code) + " and " +
-                        std::to_string(dtype.bits) + " bits, expected " + std::string(heed::info(expected).name));
-}
+struct AttentionBwd {
+  static constexpr std::string_view kName = "attention_bwd";
+  static constexpr auto& prepare = heed::prepare_attention_bwd;
+  static constexpr auto& load = heed::load_attention_bwd;
+  static constexpr auto& run = heed::run_attention_bwd;
 
-const DLTensor* tensor_argument(const TVMFFIAny& argument, std::string_view name) {
-  if (argument.type_index == kTVMFFIDLTensorPtr) return static_cast<const DLTensor*>(argument.v_ptr);
-  if (argument.type_index == kTVMFFITensor) return TVMFFITensorGetDLTensorPtr(argument.v_obj);
-  throw heed::TypeError(std::string(name) + ": got no tensor, expected a DLPack tensor");
-}
+  static heed::AttentionBackwardArgs views(const heed::AttentionBwdProblem& problem, const TVMFFIAny* tensors) {
+    heed::AttentionBackwardArgs views;
+    const auto read = [&](heed::TensorView& view, const heed::TensorSpec& spec, std::string_view name) {
+      if (spec.present) view = view_argument(*tensors++, heed::find_dtype(spec.dtype)->dtype, name);
+    };
+    const heed::AttentionBwdInputs inputs = heed::bwd_inputs_of(views);
+    for (int i = 0; i < heed::kNumAttentionBwdInputs; ++i) {
+      read(*inputs[i], problem.operand(i), heed::attention_bwd_operand_name(i));
+    }
+    const heed::AttentionGradients gradients = heed::gradients_of(views);
+    for (int i = 0; i < heed::kNumAttentionGradients; ++i) {
+      read(*gradients[i], problem.gradients[i], heed::kAttentionGradientNames[i]);
+    }
+    views.workspace = view_argument(*tensors, heed::DType::kFloat32, "workspace");
+    return views;
+  }
+};
 
-bool is_on_cuda(const DLTensor& tensor) {
-  return tensor.device.device_type == kDLCUDA || tensor.device.device_type == kDLCUDAManaged;
-}
+// ---------------------------------------------------------------------------------------------------------------------
+// What they share.
 
-heed::TensorView view_argument(const TVMFFIAny& argument, heed::DType expected, std::string_view name) {
-  const DLTensor* tensor = tensor_argument(argument, name);
-  if (tensor->ndim < 0 || tensor->ndim > heed::kMaxRank) {
-    throw heed::ValueError(std::string(name) + ": got rank " + std::to_string(tensor->ndim) + ", expected at most " +
-                           std::to_string(heed::kMaxRank));
-  }
-  heed::TensorView view;
-  view.dtype = dtype_of(*tensor, expected, name);
-  if (tensor->data != nullptr) view.data = static_cast<char*>(tensor->data) + tensor->byte_offset;
-  view.rank = tensor->ndim;
-  uint64_t contiguous_stride = 1;  // unsigned: shapes that overflow are refused later
-  for (int i = view.rank - 1; i >= 0; --i) {
-    view.shape[i] = tensor->shape[i];
-    view.strides[i] = tensor->strides != nullptr ? tensor->strides[i] : static_cast<int64_t>(contiguous_stride);
-    contiguous_stride *= static_cast<uint64_t>(tensor->shape[i]);
-  }
-  const bool is_cpu = tensor->device.device_type == kDLCPU;
-  const bool is_cuda = is_on_cuda(*tensor);
-  if (!is_cpu && !is_cuda) {
-    throw heed::ValueError(std::string(name) + ": got DLPack device type " +
-                           std::to_string(tensor->device.device_type) + ", expected a CPU or CUDA tensor");
-  }
-  view.device = {is_cpu ? heed::DeviceType::kCpu : heed::DeviceType::kCuda, tensor->device.device_id};
-  return view;
-}
-
-heed::AttentionForwardArgs attention_views(const heed::AttentionProblem& problem, const TVMFFIAny* args,
-                                           int32_t num_args) {
-  const int num_expected = 1 + problem.num_inputs() + problem.num_outputs();
-  if (num_args != num_expected) {
-    throw heed::TypeError("attention_fwd: got " + std::to_string(num_args) + " arguments, expected " +
-                          std::to_string(num_expected) + " for this problem");
-  }
-  heed::AttentionForwardArgs views;
-  const heed::AttentionInputs inputs = heed::inputs_of(views);
-  int next = 1;
-  for (int i = 0; i < heed::kNumAttentionInputs; ++i) {
-    const heed::TensorSpec& spec = problem.operands[i];
-    if (!spec.present) continue;
-    *inputs[i] = view_argument(args[next++], heed::find_dtype(spec.dtype)->dtype, heed::kAttentionOperandNames[i]);
-  }
-  views.out = view_argument(args[next++], problem.dtype, "out");
-  if (problem.wants_lse) views.lse = view_argument(args[next++], heed::DType::kFloat32, "lse");
-  return views;
-}
-
-// attention_fwd(problem, *inputs, *outputs): the operands that the problem's text names, in its order, then out[, lse].
-// On a GPU it runs on the stream that TVM-FFI holds for q's device. The first such call loads its kernel there.
-void attention_fwd(const TVMFFIAny* args, int32_t num_args) {
-  if (num_args < 2) throw heed::TypeError("attention_fwd: got too few arguments, expected a problem and its tensors");
+// op(problem, *inputs, *outputs): the operands that the problem's text names, in its order, then the outputs. On a GPU
+// it runs on the stream that TVM-FFI holds for q's device. The first such call loads its kernel there.
+template <class Op>
+void call(const TVMFFIAny* args, int32_t num_args) {
+  const std::string name(Op::kName);
+  if (num_args < 2) throw heed::TypeError(name + ": got too few arguments, expected a problem and its tensors");
   const std::string_view text = string_argument(args[0], "problem");
   const DLTensor& q = *tensor_argument(args[1], "q");
-  if (!is_on_cuda(q)) {
-    static const heed::Target kTarget = heed::parse_target("cpu");
-    const auto prepared = heed::prepare_attention_fwd(text, kTarget);
-    heed::run_attention_fwd(*prepared, attention_views(prepared->problem, args, num_args));
+  const bool is_cuda = heed::ffi::is_on_cuda(q);
+  const int device = q.device.device_id;
+  static const heed::Target kCpu = heed::parse_target("cpu");
+  const auto prepared = Op::prepare(text, is_cuda ? heed::cuda_target(device) : kCpu);
+  const int num_expected = 1 + prepared->problem.num_inputs() + prepared->problem.num_outputs();
+  if (num_args != num_expected) {
+    throw heed::TypeError(name + ": got " + std::to_string(num_args) + " arguments, expected " +
+                          std::to_string(num_expected) + " for this problem");
+  }
+  auto views = Op::views(prepared->problem, args + 1);
+  if (!is_cuda) {
+    Op::run(*prepared, views);
     return;
   }
-  const int device = q.device.device_id;
-  const auto prepared = heed::prepare_attention_fwd(text, heed::cuda_target(device));
-  heed::AttentionForwardArgs views = attention_views(prepared->problem, args, num_args);
   views.stream = TVMFFIEnvGetStream(kDLCUDA, device);
   const heed::cuda::DeviceScope scope(device);  // the default stream is that of the current context
-  heed::run_attention_fwd(*prepared, views);
+  Op::run(*prepared, views);
 }
 
-// attention_fwd_load(problem, device): makes the problem's kernel ready on CUDA's device of that ordinal.
-void attention_fwd_load(std::string_view text, int64_t device) {
-  const int ordinal = heed::device_ordinal(device);
-  heed::load_attention_fwd(*heed::prepare_attention_fwd(text, heed::cuda_target(ordinal)), ordinal);
+// op_load(problem, device): makes the problem's kernel ready on CUDA's device of that ordinal.
+template <class Op>
+void load(const TVMFFIAny* args, int32_t num_args) {
+  if (num_args != 2 || args[1].type_index != kTVMFFIInt) {
+    throw heed::TypeError(std::string(Op::kName) + "_load: expected a problem and a device's ordinal");
+  }
+  const int ordinal = heed::device_ordinal(args[1].v_int64);
+  Op::load(*Op::prepare(string_argument(args[0], "problem"), heed::cuda_target(ordinal)), ordinal);
 }
 
 ffi::Array<int64_t> to_array(const std::vector<int64_t>& values) { return {values.begin(), values.end()}; }
 
-// attention_fwd_resolve(problem, target) -> map: what the call would return and which kernel would serve it.
-ffi::Map<ffi::String, ffi::Any> attention_fwd_resolve(std::string_view text, std::string_view target_name) {
-  const heed::AttentionProblem problem = heed::validate(heed::parse_attention_request(text));
-  const heed::AttentionFwdResolution resolution = heed::resolve(problem, heed::parse_target(target_name));
+ffi::String dtype_name(heed::DType dtype) { return ffi::String(std::string(heed::info(dtype).name)); }
+
+template <class Resolution>
+Record to_record(const Resolution& resolution) {
   ffi::Array<ffi::Any> candidates;
   for (const heed::Candidate& candidate : resolution.candidates) {
     candidates.push_back(ffi::Array<ffi::String>{candidate.name, candidate.backend, candidate.reason});
   }
   const bool is_served = resolution.chosen != nullptr;
-  return {{"out_shape", to_array(problem.out_shape())},
-          {"lse_shape", to_array(problem.lse_shape())},
-          {"out_dtype", ffi::String(std::string(heed::info(problem.dtype).name))},
-          {"chosen", ffi::String(is_served ? std::string(resolution.chosen->name) : "")},
+  return {{"chosen", ffi::String(is_served ? std::string(resolution.chosen->name) : "")},
           {"workspace_bytes", resolution.workspace_bytes},
           {"candidates", candidates}};
+}
+
+// attention_fwd_resolve(problem, target) -> map: what the call would return and which kernel would serve it.
+Record attention_fwd_resolve(std::string_view text, std::string_view target_name) {
+  const heed::AttentionProblem problem = heed::validate(heed::parse_attention_request(text));
+  Record record = to_record(heed::resolve(problem, heed::parse_target(target_name)));
+  record.Set("out_shape", to_array(problem.out_shape()));
+  record.Set("lse_shape", to_array(problem.lse_shape()));
+  record.Set("out_dtype", dtype_name(problem.dtype));
+  return record;
+}
+
+// attention_bwd_resolve(problem, target) -> map: likewise; "results" has the dtype and the shape of each result, the
+// gradients that are there and then the workspace, which has a last axis of size 0 if no kernel serves or none is
+// needed.
+Record attention_bwd_resolve(std::string_view text, std::string_view target_name) {
+  const heed::AttentionBwdProblem problem = heed::validate(heed::parse_attention_bwd_request(text));
+  const heed::AttentionBwdResolution resolution = heed::resolve(problem, heed::parse_target(target_name));
+  const auto result = [](ffi::String dtype, const std::vector<int64_t>& shape) {
+    return ffi::Array<ffi::Any>{std::move(dtype), to_array(shape)};
+  };
+  ffi::Array<ffi::Any> results;
+  for (const heed::TensorSpec& spec : problem.gradients) {
+    if (spec.present) results.push_back(result(spec.dtype, spec.shape));
+  }
+  const std::vector<int64_t> workspace_shape = problem.workspace_shape(resolution.workspace_per_head);
+  results.push_back(result(dtype_name(heed::DType::kFloat32), workspace_shape));
+  Record record = to_record(resolution);
+  record.Set("results", results);
+  record.Set("workspace_shape", to_array(workspace_shape));
+  return record;
+}
+
+using Resolve = Record (*)(std::string_view text, std::string_view target_name);
+
+void resolve(Resolve resolve_op, const TVMFFIAny* args, int32_t num_args, TVMFFIAny* result) {
+  if (num_args != 2) {
+    throw heed::TypeError("resolve: got " + std::to_string(num_args) + " arguments, expected a problem and a target");
+  }
+  *reinterpret_cast<ffi::Any*>(result) =
+      resolve_op(string_argument(args[0], "problem"), string_argument(args[1], "target"));
 }
 
 ffi::Array<ffi::String> cpu_targets() {
@@ -185,26 +183,32 @@ extern "C" {
 
 TVM_FFI_DLL_EXPORT int __tvm_ffi_attention_fwd(void* /*self*/, const TVMFFIAny* args, int32_t num_args,
                                                TVMFFIAny* /*result*/) {
-  return guarded([&] { attention_fwd(args, num_args); });
+  return guarded([&] { call<AttentionFwd>(args, num_args); });
 }
 
 TVM_FFI_DLL_EXPORT int __tvm_ffi_attention_fwd_resolve(void* /*self*/, const TVMFFIAny* args, int32_t num_args,
                                                        TVMFFIAny* result) {
-  return guarded([&] {
-    if (num_args != 2) throw heed::TypeError("attention_fwd_resolve: expected a problem and a target");
-    *reinterpret_cast<ffi::Any*>(result) =
-        attention_fwd_resolve(string_argument(args[0], "problem"), string_argument(args[1], "target"));
-  });
+  return guarded([&] { resolve(attention_fwd_resolve, args, num_args, result); });
 }
 
 TVM_FFI_DLL_EXPORT int __tvm_ffi_attention_fwd_load(void* /*self*/, const TVMFFIAny* args, int32_t num_args,
                                                     TVMFFIAny* /*result*/) {
-  return guarded([&] {
-    if (num_args != 2 || args[1].type_index != kTVMFFIInt) {
-      throw heed::TypeError("attention_fwd_load: expected a problem and a device's ordinal");
-    }
-    attention_fwd_load(string_argument(args[0], "problem"), args[1].v_int64);
-  });
+  return guarded([&] { load<AttentionFwd>(args, num_args); });
+}
+
+TVM_FFI_DLL_EXPORT int __tvm_ffi_attention_bwd(void* /*self*/, const TVMFFIAny* args, int32_t num_args,
+                                               TVMFFIAny* /*result*/) {
+  return guarded([&] { call<AttentionBwd>(args, num_args); });
+}
+
+TVM_FFI_DLL_EXPORT int __tvm_ffi_attention_bwd_resolve(void* /*self*/, const TVMFFIAny* args, int32_t num_args,
+                                                       TVMFFIAny* result) {
+  return guarded([&] { resolve(attention_bwd_resolve, args, num_args, result); });
+}
+
+TVM_FFI_DLL_EXPORT int __tvm_ffi_attention_bwd_load(void* /*self*/, const TVMFFIAny* args, int32_t num_args,
+                                                    TVMFFIAny* /*result*/) {
+  return guarded([&] { load<AttentionBwd>(args, num_args); });
 }
 
 }  // extern "C"

@@ -14,13 +14,15 @@ namespace heed {
 
 using AttentionFwdKernel = Kernel<AttentionProblem, AttentionForwardArgs>;
 using AttentionFwdResolution = Resolution<AttentionFwdKernel>;
+using PreparedAttentionFwd = Prepared<AttentionFwdKernel>;
 
 // Picks a kernel for the problem on the target, or none, with every candidate's reason.
 HEED_API AttentionFwdResolution resolve(const AttentionProblem& problem, const Target& target);
 
-// The views of the inputs, in the order of AttentionOperand.
+// The views of the inputs, in the order of AttentionOperand. Args: those of either pass.
 using AttentionInputs = std::array<TensorView*, kNumAttentionInputs>;
-inline AttentionInputs inputs_of(AttentionForwardArgs& args) {
+template <class Args>
+AttentionInputs inputs_of(Args& args) {
   return {&args.q,
           &args.k,
           &args.v,
@@ -32,13 +34,6 @@ inline AttentionInputs inputs_of(AttentionForwardArgs& args) {
           &args.cu_seqlens_k,
           &args.seqused_k};
 }
-
-// A problem with the kernel that serves it: what a compiled program's text stands for.
-struct PreparedAttentionFwd {
-  AttentionProblem problem;
-  const AttentionFwdKernel* kernel = nullptr;
-  std::shared_ptr<void> state;  // the kernel's own
-};
 
 // Parses, validates and resolves the text, or finds it among those seen before: one lock-free lookup by the text's
 // bytes. Throws what validation throws, and UnsupportedError. The table keeps a bounded number of texts; past that a

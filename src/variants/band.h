@@ -41,6 +41,13 @@ struct Band {
   }
   // Queries that see key j.
   HEED_HOST_DEVICE constexpr Range queries_of(Index j) const { return {j - offset - right, j - offset + left + 1}; }
+  // Queries that see at least one key of the non-empty range, and those that see all of them.
+  HEED_HOST_DEVICE constexpr Range queries_of_any(Range keys) const {
+    return {keys.begin - offset - right, keys.end - 1 - offset + left + 1};
+  }
+  HEED_HOST_DEVICE constexpr Range queries_of_all(Range keys) const {
+    return {keys.end - 1 - offset - right, keys.begin - offset + left + 1};
+  }
 };
 
 // A window of -1 is unbounded on that side. `is_bottom_right`: the last query sits on the last key's diagonal.

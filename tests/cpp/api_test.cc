@@ -1,12 +1,17 @@
 // The public C++ interface: results, optional operands, broadcasting, and typed errors.
 #include <gtest/gtest.h>
 
+#include <algorithm>
+#include <array>
 #include <cmath>
 #include <limits>
 #include <random>
 #include <stdexcept>
+#include <string>
+#include <utility>
 #include <vector>
 
+#include "attention_bwd_oracle.h"
 #include "attention_oracle.h"
 #include "cuda/jit/jit.h"
 #include "heed/heed.h"
@@ -169,6 +174,181 @@ TEST(AttentionForward, CudaTensorsGoToTheirDeviceOnly) {
   }
   on_device(99);
   EXPECT_THROW(attention_forward(args), ValueError);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Backward.
+
+using testing_oracle::Cotangents;
+using testing_oracle::Gradients;
+using testing_oracle::GradientTensors;
+using testing_oracle::Inputs;
+
+// A call with sinks and slopes. Its gradients start at a value that none of them has.
+struct BackwardCase {
+  testing_oracle::Case of{.name = "api backward",
+                          .batch = 2,
+                          .q_len = 21,
+                          .kv_len = 34,
+                          .num_q_heads = 4,
+                          .num_kv_heads = 2,
+                          .head_dim_qk = 24,
+                          .head_dim_v = 40,
+                          .has_sinks = true,
+                          .has_alibi = true};
+  Inputs in = make_inputs(of);
+  Cotangents more = make_cotangents(of, in, true);
+  GradientTensors to{of, testing_oracle::Layout::kContiguous};
+  std::vector<float> workspace;
+  AttentionBackwardArgs args = make_backward_args(in, more, to);
+
+  BackwardCase() {
+    for (testing_oracle::Tensor* tensor : all()) {
+      for (int64_t i = 0; i < tensor->count(); ++i) tensor->set(i, kUntouched);
+    }
+    workspace.resize(static_cast<size_t>(attention_backward_workspace_bytes(args) / 4));
+    args.workspace =
+        TensorView::contiguous(workspace.data(), DType::kFloat32, {static_cast<int64_t>(workspace.size())});
+  }
+  std::array<testing_oracle::Tensor*, 5> all() { return {&to.dq, &to.dk, &to.dv, &to.dsinks, &to.dslopes}; }
+  void expect_untouched() {
+    for (testing_oracle::Tensor* tensor : all()) {
+      for (int64_t i = 0; i < tensor->count(); ++i) ASSERT_EQ(tensor->get(i), kUntouched);
+    }
+  }
+
+  static constexpr double kUntouched = -7777.0;
+};
+
+TEST(AttentionBackward, ObeysTheToleranceRule) {
+  for (bool is_causal : {false, true}) {
+    BackwardCase c;
+    c.of.options.is_causal = is_causal;
+    c.more = make_cotangents(c.of, c.in, true);
+    const TensorView workspace = c.args.workspace;
+    c.args = make_backward_args(c.in, c.more, c.to);
+    c.args.workspace = workspace;
+    attention_backward(c.args, c.of.options);
+    const Gradients naive = testing_oracle::backward<float>(c.of, c.in, c.more);
+    const Gradients oracle = testing_oracle::backward<double>(c.of, c.in, c.more);
+    expect_gradients(c.to, naive, oracle, c.of.dtype, c.of.name);
+  }
+}
+
+TEST(AttentionBackward, ErrorsAreTypedAndLeaveTheGradientsAlone) {
+  using View = TensorView AttentionBackwardArgs::*;
+  BackwardCase c;
+  const auto refused = [&](const auto& change) -> std::string {
+    AttentionBackwardArgs args = c.args;
+    change(args);
+    try {
+      attention_backward(args);
+    } catch (const ValueError& error) {
+      return error.what();
+    } catch (const TypeError& error) {
+      return std::string("TypeError: ") + error.what();
+    }
+    return "";
+  };
+  const auto starts_with = [](const std::string& message, const std::string& start) {
+    EXPECT_EQ(message.substr(0, start.size()), start);
+  };
+  const std::pair<View, std::string> required[] = {
+      {&AttentionBackwardArgs::out, "out"},       {&AttentionBackwardArgs::lse, "lse"},
+      {&AttentionBackwardArgs::dout, "dout"},     {&AttentionBackwardArgs::dq, "dq"},
+      {&AttentionBackwardArgs::dk, "dk"},         {&AttentionBackwardArgs::dv, "dv"},
+      {&AttentionBackwardArgs::dsinks, "dsinks"}, {&AttentionBackwardArgs::dalibi_slopes, "dalibi_slopes"}};
+  for (const auto& [view, name] : required) {
+    starts_with(refused([&, view = view](auto& args) { args.*view = {}; }), name + ": got nothing, expected ");
+    starts_with(refused([&, view = view](auto& args) { (args.*view).data = nullptr; }), name + ": got a null pointer");
+    starts_with(
+        refused([&, view = view](auto& args) { (args.*view).data = static_cast<char*>((args.*view).data) + 1; }),
+        name + ": got a misaligned pointer");
+    starts_with(refused([&, view = view](auto& args) { (args.*view).shape[0] += 1; }), name + ": got ");
+    starts_with(refused([&, view = view](auto& args) { (args.*view).rank = 77; }), name + ": got rank 77");
+    starts_with(refused([&, view = view](auto& args) { (args.*view).dtype = DType::kInt32; }),
+                "TypeError: " + name + ": got ");
+    starts_with(refused([&, view = view](auto& args) { (args.*view).device.type = DeviceType::kCuda; }),
+                name + ": got another device than q");
+  }
+  for (View view : {&AttentionBackwardArgs::dq, &AttentionBackwardArgs::dk, &AttentionBackwardArgs::dv}) {
+    EXPECT_NE(refused([&](auto& args) { (args.*view).strides[1] = 0; }), "");  // rows of a gradient would overlap
+  }
+  starts_with(refused([](auto& args) { args.sinks = {}; }), "dsinks: got a tensor, expected nothing without sinks");
+  starts_with(refused([](auto& args) { args.alibi_slopes = {}; }),
+              "dalibi_slopes: got a tensor, expected nothing without alibi_slopes");
+  starts_with(refused([](auto& args) { args.dsinks.shape = {4, 2}; }), "dsinks: got float32 [4, 2], expected");
+  AttentionOptions options;
+  options.backend = Backend::kSm90;
+  EXPECT_THROW(attention_backward(c.args, options), UnsupportedError);
+  EXPECT_THROW(attention_backward_workspace_bytes(c.args, options), UnsupportedError);
+  c.expect_untouched();
+}
+
+TEST(AttentionBackward, TheWorkspaceIsKnownWithoutMemory) {
+  BackwardCase c;
+  const int64_t bytes = attention_backward_workspace_bytes(c.args);
+  AttentionBackwardArgs args = c.args;
+  args.dq = args.dk = args.dv = args.dsinks = args.dalibi_slopes = args.workspace = {};
+  for (TensorView* view :
+       {&args.q, &args.k, &args.v, &args.sinks, &args.alibi_slopes, &args.out, &args.lse, &args.dout, &args.dlse}) {
+    view->data = nullptr;
+  }
+  EXPECT_EQ(attention_backward_workspace_bytes(args), bytes);
+  args.lse.shape[2] += 1;
+  EXPECT_THROW(attention_backward_workspace_bytes(args), ValueError);
+  if (bytes > 0) {
+    args = c.args;
+    args.workspace.shape[0] -= 1;
+    EXPECT_THROW(attention_backward(args), ValueError);
+    args.workspace = {};
+    EXPECT_THROW(attention_backward(args), ValueError);
+    c.expect_untouched();
+  }
+}
+
+TEST(AttentionBackward, LeadingAxesOfSizeOneBroadcast) {
+  // Two cotangents of one forward pass, as jacobians have them: each must give what it gives alone.
+  BackwardCase first, second;
+  for (int64_t i = 0; i < second.more.dout.count(); ++i) second.more.dout.set(i, 0.5 - 2 * second.more.dout.get(i));
+  attention_backward(first.args);
+  attention_backward(second.args);
+  testing_oracle::Tensor dout(DType::kFloat32, {2, 2, 21, 4, 40});
+  for (int64_t i = 0; i < dout.count(); ++i) {
+    const int64_t one = dout.count() / 2;
+    dout.set(i, (i < one ? first : second).more.dout.get(i % one));
+  }
+  AttentionBackwardArgs args = first.args;
+  const auto with_lead = [](TensorView view) {
+    std::copy_backward(view.shape.begin(), view.shape.begin() + view.rank, view.shape.begin() + view.rank + 1);
+    std::copy_backward(view.strides.begin(), view.strides.begin() + view.rank, view.strides.begin() + view.rank + 1);
+    view.shape[0] = 1;
+    view.strides[0] = 12345;  // means nothing
+    view.rank += 1;
+    return view;
+  };
+  for (TensorView* view :
+       {&args.q, &args.k, &args.v, &args.sinks, &args.alibi_slopes, &args.out, &args.lse, &args.dlse}) {
+    *view = with_lead(*view);
+  }
+  args.dout = dout.view;
+  std::vector<testing_oracle::Tensor> gradients;
+  for (const testing_oracle::Tensor* one : first.all()) {
+    std::vector<int64_t> shape = {2};
+    shape.insert(shape.end(), one->view.shape.begin(), one->view.shape.begin() + one->view.rank);
+    gradients.emplace_back(DType::kFloat32, shape);
+  }
+  args.dq = gradients[0].view, args.dk = gradients[1].view, args.dv = gradients[2].view;
+  args.dsinks = gradients[3].view, args.dalibi_slopes = gradients[4].view;
+  std::vector<float> workspace(static_cast<size_t>(attention_backward_workspace_bytes(args) / 4));
+  args.workspace = TensorView::contiguous(workspace.data(), DType::kFloat32, {static_cast<int64_t>(workspace.size())});
+  attention_backward(args);
+  for (size_t n = 0; n < gradients.size(); ++n) {
+    const int64_t one = gradients[n].count() / 2;
+    for (int64_t i = 0; i < 2 * one; ++i) {
+      ASSERT_EQ(gradients[n].get(i), (i < one ? first : second).all()[n]->get(i % one)) << n << " " << i;
+    }
+  }
 }
 
 TEST(Library, ReportsItself) {

@@ -116,12 +116,11 @@ void set_bounds(Sm80AttentionFwdParams& params, Bounds& bounds) {
 template <Sm80AttentionFwdSpec kSpec>
 void run_kernel(Sm80AttentionFwdParams params) {
   using Kernel = cuda::Sm80AttentionFwd<kSpec>;
-  static_assert(Kernel::kNumThreads == device_emulation::kNumThreads);
   params.num_tiles = kSpec.is_varlen ? params.q_len / Kernel::kQRows + params.batch + 2
                                      : (params.q_len + Kernel::kQRows - 1) / Kernel::kQRows;
   const unsigned num_blocks = static_cast<unsigned>(params.num_tiles) * params.num_heads;
   for (unsigned index = 0; index < num_blocks; ++index) {
-    device_emulation::run_block(index, Kernel::kSharedBytes, [&] { Kernel::run(params); });
+    device_emulation::run_block(index, Kernel::kNumThreads, Kernel::kSharedBytes, [&] { Kernel::run(params); });
   }
 }
 

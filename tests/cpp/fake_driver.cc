@@ -1,24 +1,49 @@
-// The functions of fake_driver.h: each notes its name and succeeds.
+// The functions of the driver that heed calls, as cuda.h declares them: each notes its name and, unless it was chosen
+// to fail, succeeds.
 #include "fake_driver.h"
 
+#include <atomic>
 #include <cstdint>
 #include <cstring>
+#include <mutex>
+#include <utility>
 
 namespace heed::test {
 namespace {
 
-constexpr int kNumDevices = 2;
-std::vector<void*> the_contexts;  // the thread's stack of them: the ordinal plus one
+constexpr int kSuccess = 0, kInvalidValue = 1, kNotInitialized = 3, kInvalidDevice = 101, kInvalidContext = 201,
+              kNotFound = 500;
 
-int current() {
-  return the_contexts.empty() ? -1 : static_cast<int>(reinterpret_cast<intptr_t>(the_contexts.back())) - 1;
+std::mutex mutex;
+std::atomic<bool> is_initialised = false;
+thread_local std::vector<int> contexts;
+thread_local int capture_mode = 0;  // global, as in a new thread
+char context_tags[kNumFakeDevices];
+
+int current() { return contexts.empty() ? -1 : contexts.back(); }
+
+bool is_device(int ordinal) { return ordinal >= 0 && ordinal < kNumFakeDevices; }
+
+// Notes the call and, if it succeeds, does what it does to the record.
+template <class Effect>
+int note(const char* name, const Effect& effect) {
+  const std::lock_guard<std::mutex> lock(mutex);
+  FakeDriver& driver = fake_driver();
+  driver.calls.emplace_back(name);
+  if (driver.failing_call == name) {
+    driver.failing_call.clear();
+    return kInvalidValue;
+  }
+  effect(driver);
+  return kSuccess;
 }
 
-void* handle(intptr_t number) { return reinterpret_cast<void*>(number); }
-
 int note(const char* name) {
-  fake_driver().calls.emplace_back(name);
-  return 0;
+  return note(name, [](FakeDriver&) {});
+}
+
+int note_on_device(const char* name, const std::string& what, int device) {
+  return note(name, [&](FakeDriver& driver) { driver.device_calls.push_back(what + " " + std::to_string(device)); });
 }
 
 }  // namespace
@@ -28,22 +53,21 @@ FakeDriver& fake_driver() {
   return driver;
 }
 
+std::vector<int>& fake_contexts() { return contexts; }
+int fake_capture_mode() { return capture_mode; }
+
 }  // namespace heed::test
 
-using heed::test::current;
-using heed::test::fake_driver;
-using heed::test::handle;
-using heed::test::note;
+using namespace heed::test;  // NOLINT(google-build-using-namespace): this file's vocabulary
 
 extern "C" {
 
-constexpr int kInvalidDevice = 101;
-constexpr int kInvalidContext = 201;
-
-int cuInit(unsigned /*flags*/) { return note("cuInit"); }
+int cuInit(unsigned /*flags*/) {
+  is_initialised = true;
+  return note("cuInit");
+}
 // NVRTC asks for it, and does without.
 int cuGetExportTable(const void** table, const void* /*id*/) {
-  constexpr int kNotFound = 500;
   *table = nullptr;
   note("cuGetExportTable");
   return kNotFound;
@@ -52,83 +76,92 @@ int cuDriverGetVersion(int* version) {
   *version = 13000;
   return note("cuDriverGetVersion");
 }
-int cuGetErrorName(int /*error*/, const char** text) {
-  *text = "CUDA_ERROR_FAKE";
+int cuGetErrorName(int error, const char** text) {
+  *text = error == kInvalidValue ? "CUDA_ERROR_INVALID_VALUE" : "CUDA_ERROR_UNKNOWN";
   return note("cuGetErrorName");
 }
 int cuGetErrorString(int /*error*/, const char** text) {
-  *text = "a made-up failure";
+  *text = "invalid argument";
   return note("cuGetErrorString");
 }
 int cuDeviceGetCount(int* count) {
-  *count = heed::test::kNumDevices;
+  if (!is_initialised) return kNotInitialized;
+  *count = kNumFakeDevices;
   return note("cuDeviceGetCount");
 }
 int cuDeviceGet(int* device, int ordinal) {
-  note("cuDeviceGet");
-  if (ordinal < 0 || ordinal >= heed::test::kNumDevices) return kInvalidDevice;
+  if (!is_device(ordinal)) return kInvalidDevice;
   *device = ordinal;
-  return 0;
+  return note("cuDeviceGet");
 }
-int cuDeviceGetName(char* name, int bytes, int /*device*/) {
-  std::strncpy(name, "fake GPU", static_cast<size_t>(bytes));
+int cuDeviceGetName(char* name, int bytes, int device) {
+  std::strncpy(name, ("Fake " + std::to_string(device)).c_str(), static_cast<size_t>(bytes));
   return note("cuDeviceGetName");
 }
-int cuDeviceGetAttribute(int* value, int attribute, int /*device*/) {
-  constexpr int kMajor = 75;
-  *value = attribute == kMajor ? 9 : attribute == kMajor + 1 ? 0 : 132;
+int cuDeviceGetAttribute(int* value, int attribute, int device) {
+  constexpr int kMajor = 75, kMinor = 76;
+  const int capability = kFakeCapabilities[device];
+  *value = attribute == kMajor ? capability / 10 : attribute == kMinor ? capability % 10 : -1;
   return note("cuDeviceGetAttribute");
 }
 int cuDevicePrimaryCtxRetain(void** context, int device) {
-  *context = handle(device + 1);
+  *context = &context_tags[device];
   return note("cuDevicePrimaryCtxRetain");
 }
 int cuCtxGetCurrent(void** context) {
-  *context = handle(current() + 1);
+  *context = current() < 0 ? nullptr : &context_tags[current()];
   return note("cuCtxGetCurrent");
 }
 int cuCtxPushCurrent_v2(void* context) {
-  heed::test::the_contexts.push_back(context);
+  contexts.push_back(static_cast<int>(static_cast<char*>(context) - context_tags));
   return note("cuCtxPushCurrent");
 }
 int cuCtxPopCurrent_v2(void** context) {
-  note("cuCtxPopCurrent");
-  if (current() < 0) return kInvalidContext;
-  *context = heed::test::the_contexts.back();
-  heed::test::the_contexts.pop_back();
-  return 0;
+  if (contexts.empty()) return kInvalidContext;
+  *context = &context_tags[contexts.back()];
+  contexts.pop_back();
+  return note("cuCtxPopCurrent");
 }
-int cuThreadExchangeStreamCaptureMode(int* /*mode*/) { return note("cuThreadExchangeStreamCaptureMode"); }
-int cuLibraryLoadData(void** library, const void* /*code*/, int*, void**, unsigned, int*, void**, unsigned) {
-  *library = handle(1000);
-  return note("cuLibraryLoadData");
+int cuThreadExchangeStreamCaptureMode(int* mode) {
+  std::swap(*mode, capture_mode);
+  return note("cuThreadExchangeStreamCaptureMode");
 }
-int cuLibraryUnload(void* /*library*/) { return note("cuLibraryUnload"); }
-int cuLibraryGetKernel(void** kernel, void* /*library*/, const char* /*name*/) {
-  *kernel = handle(2000);
+int cuLibraryLoadData(void** library, const void* code, int*, void**, unsigned, int*, void**, unsigned) {
+  constexpr char kElf[] = {0x7f, 'E', 'L', 'F'};
+  if (std::memcmp(code, kElf, sizeof(kElf)) != 0) return kInvalidValue;
+  return note("cuLibraryLoadData", [&](FakeDriver& driver) {
+    driver.capture_modes.push_back(capture_mode);
+    *library = reinterpret_cast<void*>(static_cast<intptr_t>(++driver.num_libraries));
+  });
+}
+int cuLibraryUnload(void* /*library*/) {
+  return note("cuLibraryUnload", [](FakeDriver& driver) { ++driver.num_unloaded; });
+}
+int cuLibraryGetKernel(void** kernel, void* library, const char* name) {
+  if (std::strcmp(name, "heed_kernel") != 0) return kInvalidValue;
+  *kernel = reinterpret_cast<void*>(reinterpret_cast<intptr_t>(library) + 0x1000);
   return note("cuLibraryGetKernel");
 }
 int cuKernelGetFunction(void** function, void* kernel) {
   *function = kernel;
-  return note("cuKernelGetFunction");
+  return note_on_device("cuKernelGetFunction", "function", current());
 }
 int cuKernelGetAttribute(int* value, int /*attribute*/, void* /*kernel*/, int /*device*/) {
-  *value = 128;
+  *value = 1;
   return note("cuKernelGetAttribute");
 }
-int cuKernelSetAttribute(int /*attribute*/, int /*value*/, void* /*kernel*/, int /*device*/) {
-  return note("cuKernelSetAttribute");
+int cuKernelSetAttribute(int attribute, int value, void* /*kernel*/, int device) {
+  const std::string what = "attribute " + std::to_string(attribute) + "=" + std::to_string(value);
+  return note_on_device("cuKernelSetAttribute", what, device);
 }
-int cuFuncLoad(void* /*function*/) {
-  fake_driver().devices_loaded.push_back(current());
-  return note("cuFuncLoad");
-}
+int cuFuncLoad(void* /*function*/) { return note_on_device("cuFuncLoad", "load", current()); }
 int cuLaunchKernel(void* function, unsigned grid_x, unsigned grid_y, unsigned grid_z, unsigned block_x,
-                   unsigned /*block_y*/, unsigned /*block_z*/, unsigned shared_bytes, void* stream, void** /*params*/,
+                   unsigned /*block_y*/, unsigned /*block_z*/, unsigned shared_bytes, void* stream, void** params,
                    void** /*extra*/) {
-  note("cuLaunchKernel");
-  fake_driver().launches.push_back({function, stream, current(), {grid_x, grid_y, grid_z}, block_x, shared_bytes});
-  return fake_driver().launch_result;
+  return note("cuLaunchKernel", [&](FakeDriver& driver) {
+    driver.launches.push_back(
+        {function, stream, current(), {grid_x, grid_y, grid_z}, block_x, shared_bytes, params[0]});
+  });
 }
 
 }  // extern "C"

@@ -1,11 +1,14 @@
 // A driver of CUDA without a GPU, for tests of what heed asks of the real one. A program that links it is given it by
-// dlopen("libcuda.so.1").
+// dlopen("libcuda.so.1"). What a GPU does is tested on a GPU.
 #pragma once
 
 #include <string>
 #include <vector>
 
 namespace heed::test {
+
+inline constexpr int kNumFakeDevices = 3;
+inline constexpr int kFakeCapabilities[kNumFakeDevices] = {90, 90, 80};
 
 struct FakeLaunch {
   void* function = nullptr;
@@ -14,16 +17,25 @@ struct FakeLaunch {
   unsigned grid[3] = {};
   unsigned block = 0;
   unsigned shared_bytes = 0;
+  void* params = nullptr;  // the pointer that was given
 };
 
+// What happened since the test last assigned a new one. May be written by several threads, and read when they are done.
 struct FakeDriver {
-  std::vector<std::string> calls;  // names, in order
+  std::vector<std::string> calls;         // names of the driver's functions, in order
+  std::vector<std::string> device_calls;  // what was done to a kernel on a device, such as "load 0"
   std::vector<FakeLaunch> launches;
-  std::vector<int> devices_loaded;  // of cuFuncLoad's contexts
-  int launch_result = 0;            // what cuLaunchKernel returns
+  std::vector<int> capture_modes;  // of the thread, when a library was loaded
+  int num_libraries = 0;
+  int num_unloaded = 0;
+  std::string failing_call;  // the function that fails next, once
 };
 
-// The one of this process: two devices of compute capability 9.0. Not for several threads.
+// The one of this process.
 FakeDriver& fake_driver();
+
+// Of the calling thread: its stack of contexts, as device ordinals, and how it takes part in captures.
+std::vector<int>& fake_contexts();
+int fake_capture_mode();
 
 }  // namespace heed::test

@@ -1,6 +1,5 @@
-// Loading and launching, against a library that stands in for the driver (fake_cuda): what is asked of it, in which
-// context, how often, what happens when it fails, and how long a lookup takes. Compiling needs NVRTC.
-#include <dlfcn.h>
+// Loading and launching, against a driver that is made up: what is asked of it, in which context, how often, what
+// happens when it fails, and how long a lookup takes. Compiling needs NVRTC.
 #include <gtest/gtest.h>
 #include <sys/wait.h>
 #include <unistd.h>
@@ -12,24 +11,17 @@
 
 #include "cuda/jit/jit.h"
 #include "cuda/jit/nvrtc.h"
-#include "fake_cuda/fake_cuda.h"
+#include "fake_driver.h"
 #include "heed/heed.h"
 
 namespace heed::cuda {
 namespace {
 
-// The library must be the one that dlopen("libcuda.so.1") finds: what is loaded under that name already wins.
-void* const kFake = dlopen(HEED_FAKE_CUDA, RTLD_NOW | RTLD_GLOBAL);
-
-template <class Function>
-Function* fake(const char* name) {
-  void* symbol = kFake != nullptr ? dlsym(kFake, name) : nullptr;
-  if (symbol == nullptr) throw std::runtime_error(std::string("no fake driver: ") + name);
-  return reinterpret_cast<Function*>(symbol);
-}
-fake_cuda::Record& record() { return *fake<fake_cuda::Record*()>("fake_cuda_record")(); }
-std::vector<int>& contexts() { return *fake<std::vector<int>*()>("fake_cuda_contexts")(); }
-int capture_mode() { return fake<int()>("fake_cuda_capture_mode")(); }
+using test::fake_capture_mode;
+using test::fake_contexts;
+using test::fake_driver;
+using test::FakeDriver;
+using test::kNumFakeDevices;
 
 // A kernel of its own for each test: what is loaded stays loaded.
 KernelSpec new_spec(int shared_bytes = 0) {
@@ -47,9 +39,8 @@ class Driver : public ::testing::Test {
   }
   static void TearDownTestSuite() { std::filesystem::remove_all(getenv("HEED_CACHE_DIR")); }
   void SetUp() override {
-    ASSERT_NE(kFake, nullptr) << dlerror();
-    fake<void()>("fake_cuda_reset")();
-    contexts().clear();
+    fake_driver() = FakeDriver();
+    fake_contexts().clear();
   }
 };
 
@@ -58,8 +49,8 @@ class Loading : public Driver {
   void SetUp() override {
     Driver::SetUp();
     if (!find_nvrtc()) GTEST_SKIP() << "there is no NVRTC on this machine";
-    for (int device = 0; device < fake_cuda::kNumDevices; ++device) const DeviceScope scope(device);  // contexts exist
-    fake<void()>("fake_cuda_reset")();
+    for (int device = 0; device < kNumFakeDevices; ++device) const DeviceScope scope(device);  // contexts exist
+    fake_driver() = FakeDriver();
   }
 };
 
@@ -82,16 +73,16 @@ TEST_F(Driver, Devices) {
 TEST_F(Driver, ScopesNestAndLeaveTheContextAsItWas) {
   {
     const DeviceScope outer(1);
-    EXPECT_EQ(contexts(), std::vector<int>{1});
+    EXPECT_EQ(fake_contexts(), std::vector<int>{1});
     {
       const DeviceScope same(1);
-      EXPECT_EQ(contexts(), std::vector<int>{1});
+      EXPECT_EQ(fake_contexts(), std::vector<int>{1});
       const DeviceScope inner(0);
-      EXPECT_EQ(contexts(), (std::vector<int>{1, 0}));
+      EXPECT_EQ(fake_contexts(), (std::vector<int>{1, 0}));
     }
-    EXPECT_EQ(contexts(), std::vector<int>{1});
+    EXPECT_EQ(fake_contexts(), std::vector<int>{1});
   }
-  EXPECT_TRUE(contexts().empty());
+  EXPECT_TRUE(fake_contexts().empty());
   EXPECT_THROW(DeviceScope(3), std::runtime_error);
   EXPECT_THROW(DeviceScope(-1), std::runtime_error);
   EXPECT_THROW(DeviceScope(64), std::runtime_error);
@@ -101,12 +92,12 @@ TEST_F(Driver, ScopesNestAndLeaveTheContextAsItWas) {
 
 TEST_F(Loading, HappensOncePerDeviceAndInItsContext) {
   const KernelSpec spec = new_spec();
-  contexts() = {0};  // the caller's
+  fake_contexts() = {0};  // the caller's
   const LoadedKernel& kernel = load(spec, 1);
   const std::string attribute = "attribute 8=" + std::to_string(kernel.shared_bytes);
-  EXPECT_EQ(record().calls, (Calls{attribute + " 1", "function 1", "load 1"}));
-  EXPECT_EQ(record().num_libraries, 1);
-  EXPECT_EQ(contexts(), std::vector<int>{0});
+  EXPECT_EQ(fake_driver().device_calls, (Calls{attribute + " 1", "function 1", "load 1"}));
+  EXPECT_EQ(fake_driver().num_libraries, 1);
+  EXPECT_EQ(fake_contexts(), std::vector<int>{0});
   EXPECT_TRUE(kernel.is_loaded_on(1));
   EXPECT_FALSE(kernel.is_loaded_on(0));
   EXPECT_FALSE(kernel.is_loaded_on(-1));
@@ -114,15 +105,15 @@ TEST_F(Loading, HappensOncePerDeviceAndInItsContext) {
   EXPECT_EQ(kernel.num_threads, 64);
 
   EXPECT_EQ(&load(spec, 1), &kernel);
-  EXPECT_EQ(record().calls.size(), 3U);  // nothing more to do
-  EXPECT_EQ(&load(spec, 0), &kernel);    // the same architecture: the same library
-  EXPECT_EQ(record().calls,
+  EXPECT_EQ(fake_driver().device_calls.size(), 3U);  // nothing more to do
+  EXPECT_EQ(&load(spec, 0), &kernel);                // the same architecture: the same library
+  EXPECT_EQ(fake_driver().device_calls,
             (Calls{attribute + " 1", "function 1", "load 1", attribute + " 0", "function 0", "load 0"}));
-  EXPECT_EQ(record().num_libraries, 1);
+  EXPECT_EQ(fake_driver().num_libraries, 1);
 
   EXPECT_NE(&load(spec, 2), &kernel);  // another architecture: machine code of its own
-  EXPECT_EQ(record().num_libraries, 2);
-  EXPECT_EQ(contexts(), std::vector<int>{0});
+  EXPECT_EQ(fake_driver().num_libraries, 2);
+  EXPECT_EQ(fake_contexts(), std::vector<int>{0});
 }
 
 TEST_F(Loading, LargeSharedMemoryIsAskedForOnEachDevice) {
@@ -131,24 +122,24 @@ TEST_F(Loading, LargeSharedMemoryIsAskedForOnEachDevice) {
   const std::string attribute = "attribute 8=" + std::to_string(kernel.shared_bytes);
   EXPECT_GT(kernel.shared_bytes, 60000);
   load(spec, 1);
-  EXPECT_EQ(record().calls,
+  EXPECT_EQ(fake_driver().device_calls,
             (Calls{attribute + " 0", "function 0", "load 0", attribute + " 1", "function 1", "load 1"}));
 }
 
 // While another thread captures a graph, loading is allowed only in this mode.
 TEST_F(Loading, RelaxesTheCaptureModeAndRestoresIt) {
   load(new_spec(), 0);
-  EXPECT_EQ(record().capture_modes, std::vector<int>{2});
-  EXPECT_EQ(capture_mode(), 0);
-  record().failing_call = "library";
+  EXPECT_EQ(fake_driver().capture_modes, std::vector<int>{2});
+  EXPECT_EQ(fake_capture_mode(), 0);
+  fake_driver().failing_call = "cuLibraryLoadData";
   EXPECT_THROW(load(new_spec(), 0), std::runtime_error);
-  EXPECT_EQ(capture_mode(), 0);
+  EXPECT_EQ(fake_capture_mode(), 0);
 }
 
 TEST_F(Loading, FailuresAreReportedAndTriedAgain) {
   const KernelSpec spec = new_spec();
-  for (const char* call : {"library", "kernel", "function", "load"}) {
-    record().failing_call = call;
+  for (const char* call : {"cuLibraryLoadData", "cuLibraryGetKernel", "cuKernelGetFunction", "cuFuncLoad"}) {
+    fake_driver().failing_call = call;
     try {
       load(spec, 0);
       ADD_FAILURE() << call << " did not fail";
@@ -156,9 +147,9 @@ TEST_F(Loading, FailuresAreReportedAndTriedAgain) {
       EXPECT_NE(std::string(error.what()).find("invalid argument (CUDA_ERROR_INVALID_VALUE)"), std::string::npos)
           << error.what();
     }
-    EXPECT_TRUE(contexts().empty());
+    EXPECT_TRUE(fake_contexts().empty());
   }
-  EXPECT_EQ(record().num_unloaded, 1);  // the library whose kernel could not be had
+  EXPECT_EQ(fake_driver().num_unloaded, 1);  // the library whose kernel could not be had
   EXPECT_TRUE(load(spec, 0).is_loaded_on(0));
 }
 
@@ -167,7 +158,7 @@ TEST_F(Loading, WrongDevicesAndSpecsAreRefused) {
   EXPECT_THROW(load(new_spec(), -1), std::runtime_error);
   EXPECT_THROW(load({"nothing", "Probe<64>"}, 0), ValueError);
   EXPECT_THROW(load({"probe", "Probe<33>"}, 0), std::runtime_error);
-  EXPECT_TRUE(contexts().empty());
+  EXPECT_TRUE(fake_contexts().empty());
 }
 
 TEST_F(Loading, ManyThreadsLoadOnce) {
@@ -178,8 +169,8 @@ TEST_F(Loading, ManyThreadsLoadOnce) {
     threads.emplace_back([&, t] { kernels[t] = &load(spec, static_cast<int>(t % 2)); });
   }
   for (std::thread& thread : threads) thread.join();
-  EXPECT_EQ(record().num_libraries, 1);
-  EXPECT_EQ(record().calls.size(), 6U);  // three per device
+  EXPECT_EQ(fake_driver().num_libraries, 1);
+  EXPECT_EQ(fake_driver().device_calls.size(), 6U);  // three per device
   for (const LoadedKernel* kernel : kernels) EXPECT_EQ(kernel, kernels[0]);
 }
 
@@ -188,8 +179,8 @@ TEST_F(Loading, LaunchPassesOnWhatItWasGiven) {
   int params = 7;
   int stream = 0;
   launch(kernel, {.grid_x = 100000, .grid_y = 2, .grid_z = 3, .stream = &stream}, &params);
-  ASSERT_EQ(record().launches.size(), 1U);
-  const fake_cuda::Launch& launched = record().launches[0];
+  ASSERT_EQ(fake_driver().launches.size(), 1U);
+  const test::FakeLaunch& launched = fake_driver().launches[0];
   EXPECT_EQ(launched.function, kernel.handle);
   EXPECT_EQ(launched.grid[0], 100000U);
   EXPECT_EQ(launched.grid[1], 2U);
@@ -199,13 +190,13 @@ TEST_F(Loading, LaunchPassesOnWhatItWasGiven) {
   EXPECT_EQ(launched.stream, &stream);
   EXPECT_EQ(launched.params, &params);
 
-  record().failing_call = "launch";
+  fake_driver().failing_call = "cuLaunchKernel";
   EXPECT_THROW(launch(kernel, {}, &params), std::runtime_error);
   for (const LaunchConfig& wrong : {LaunchConfig{.grid_x = 0}, LaunchConfig{.grid_x = int64_t{1} << 31},
                                     LaunchConfig{.grid_y = 65536}, LaunchConfig{.grid_z = -1}}) {
     EXPECT_THROW(launch(kernel, wrong, &params), std::runtime_error);
   }
-  EXPECT_EQ(record().launches.size(), 1U);
+  EXPECT_EQ(fake_driver().launches.size(), 1U);
 }
 
 TEST_F(Loading, AForkedChildIsToldThatCudaIsGone) {

@@ -4,11 +4,16 @@
 #include <cstdint>
 #include <memory>
 #include <string>
+#include <string_view>
+#include <utility>
 #include <vector>
 
+#include "core/attention_bwd_problem.h"
 #include "core/problem.h"
+#include "core/target.h"
 #include "ffi/xla_abi.h"
 #include "heed/heed.h"
+#include "ops/attention_bwd.h"
 
 namespace heed::xla {
 
@@ -21,19 +26,21 @@ struct Error {
 
 extern "C" heed::xla::Error* heed_xla_attention_fwd(heed::xla::CallFrame* frame);
 extern "C" heed::xla::Error* heed_xla_attention_fwd_cuda(heed::xla::CallFrame* frame);
+extern "C" heed::xla::Error* heed_xla_attention_bwd(heed::xla::CallFrame* frame);
+extern "C" heed::xla::Error* heed_xla_attention_bwd_cuda(heed::xla::CallFrame* frame);
 
 namespace heed::test {
 
-// One call of attention. Operands and results are those of its problem; their memory is the caller's.
+// One call of attention, forward or backward. Operands and results are those of its problem, and the workspace that of
+// the target; their memory is the caller's.
 class XlaCall {
  public:
-  explicit XlaCall(std::string text) : text_(std::move(text)) {
-    const AttentionProblem problem = validate(parse_attention_request(text_));
-    for (const TensorSpec& spec : problem.operands) {
-      if (spec.present) add(arguments_, spec.dtype, spec.shape);
+  explicit XlaCall(std::string text, std::string_view target = "sm_90a") : text_(std::move(text)) {
+    if (text_.starts_with(kAttentionBwdSchema)) {
+      add_backward(validate(parse_attention_bwd_request(text_)), parse_target(target));
+    } else {
+      add_forward(validate(parse_attention_request(text_)));
     }
-    add(results_, problem.operands[kQ].dtype, problem.out_shape());
-    if (problem.wants_lse) add(results_, "float32", problem.lse_shape());
     api_.struct_size = sizeof(xla::Api);
     api_.version = {sizeof(xla::ApiVersion), nullptr, xla::kApiMajor, xla::kApiMinor};
     api_.create_error = [](xla::ErrorCreateArgs* args) { return new xla::Error{args->code, args->message}; };
@@ -78,6 +85,22 @@ class XlaCall {
     std::vector<void*> pointers;
     std::vector<int> types;
   };
+
+  void add_forward(const AttentionProblem& problem) {
+    for (const TensorSpec& spec : problem.operands) add(arguments_, spec);
+    add(results_, problem.operands[kQ].dtype, problem.out_shape());
+    if (problem.wants_lse) add(results_, "float32", problem.lse_shape());
+  }
+
+  void add_backward(const AttentionBwdProblem& problem, const Target& target) {
+    for (int i = 0; i < kNumAttentionBwdInputs; ++i) add(arguments_, problem.operand(i));
+    for (const TensorSpec& spec : problem.gradients) add(results_, spec);
+    add(results_, "float32", problem.workspace_shape(resolve(problem, target).workspace_per_head));
+  }
+
+  static void add(Tensors& list, const TensorSpec& spec) {
+    if (spec.present) add(list, spec.dtype, spec.shape);
+  }
 
   static void add(Tensors& list, const std::string& dtype, const std::vector<int64_t>& shape) {
     auto tensor = std::make_unique<Tensor>();

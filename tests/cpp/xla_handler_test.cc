@@ -24,6 +24,20 @@ std::string problem_text(const std::string& shape, const std::string& backend = 
          backend;
 }
 
+// The gradient of the call above, without its mask: q, k, v, out and dout are of one shape.
+std::string backward_text(int64_t batch, int64_t tokens, int64_t heads, int64_t dim,
+                          const std::string& backend = "auto", const std::string& dtype = "bfloat16") {
+  const auto list = [](std::initializer_list<int64_t> sizes) {
+    std::string text;
+    for (int64_t size : sizes) text += (text.empty() ? "[" : ",") + std::to_string(size);
+    return text + "]";
+  };
+  const std::string rows = dtype + list({batch, tokens, heads, dim});
+  return "attention_bwd.v1;q=" + rows + ";k=" + rows + ";v=" + rows + ";sinks=float32" + list({heads}) +
+         ";out=" + rows + ";lse=float32" + list({batch, heads, tokens}) + ";dout=" + rows +
+         ";scale=default;causal=0;align=bottom_right;window=-1,-1;softcap=0x0p+0;deterministic=0;backend=" + backend;
+}
+
 int64_t count(const std::string& call) {
   const std::vector<std::string>& calls = fake_driver().calls;
   return std::count(calls.begin(), calls.end(), call);
@@ -61,7 +75,8 @@ class XlaHandler : public testing::Test {
 };
 
 TEST_F(XlaHandler, AnswersWhatItWasBuiltForWithoutADriver) {
-  for (auto* handler : {heed_xla_attention_fwd, heed_xla_attention_fwd_cuda}) {
+  for (auto* handler :
+       {heed_xla_attention_fwd, heed_xla_attention_fwd_cuda, heed_xla_attention_bwd, heed_xla_attention_bwd_cuda}) {
     heed::xla::Metadata metadata{};
     heed::xla::MetadataExtension extension{
         {sizeof(heed::xla::MetadataExtension), heed::xla::kMetadataExtension, nullptr}, &metadata};
@@ -81,6 +96,11 @@ TEST_F(XlaHandler, RefusesInEitherStageWhatNoGpuKernelServes) {
     expect_error(heed_xla_attention_fwd_cuda(&call->frame(stage)), heed::xla::kUnimplemented,
                  "no kernel serves this attention forward on target sm_90a");
   }
+  const auto backward = make_call(backward_text(1, 8, 2, 64, "cpu"));
+  for (const auto stage : {heed::xla::kInitialize, heed::xla::kExecute}) {
+    expect_error(heed_xla_attention_bwd_cuda(&backward->frame(stage)), heed::xla::kUnimplemented,
+                 "no kernel serves this attention backward on target sm_90a");
+  }
   EXPECT_EQ(count("cuLaunchKernel"), 0);
 }
 
@@ -88,7 +108,18 @@ TEST_F(XlaHandler, RefusesACallWithoutItsProblem) {
   const auto call = make_call(problem_text("1,8,2,64"));
   heed::xla::CallFrame& frame = call->frame(heed::xla::kInitialize);
   frame.attrs.size = 0;
-  expect_error(heed_xla_attention_fwd_cuda(&frame), heed::xla::kInvalidArgument, "no string attribute problem");
+  for (auto* handler : {heed_xla_attention_fwd_cuda, heed_xla_attention_bwd_cuda}) {
+    expect_error(handler(&frame), heed::xla::kInvalidArgument, "no string attribute problem");
+  }
+}
+
+TEST_F(XlaHandler, RefusesTheProblemOfAnotherOp) {
+  const auto forward = make_call(problem_text("1,8,2,64"));
+  expect_error(heed_xla_attention_bwd(&forward->frame(heed::xla::kExecute)), heed::xla::kInvalidArgument,
+               "expected \"attention_bwd.v1\"");
+  const auto backward = make_call(backward_text(1, 8, 2, 64));
+  expect_error(heed_xla_attention_fwd(&backward->frame(heed::xla::kExecute)), heed::xla::kInvalidArgument,
+               "expected \"attention_fwd.v1\"");
 }
 
 TEST_F(XlaHandler, HandsXlasOwnErrorsBack) {
@@ -114,7 +145,7 @@ TEST_F(XlaHandlerWithKernel, InitializeLoadsOnceAndLaunchesNothing) {
   const auto call = make_call(problem_text("1,8,2,32"));  // no other test's kernel
   expect_success(heed_xla_attention_fwd_cuda(&call->frame(heed::xla::kInitialize)));
   EXPECT_EQ(count("cuFuncLoad"), 1);
-  EXPECT_EQ(fake_driver().devices_loaded, std::vector<int>{0});
+  EXPECT_EQ(fake_driver().device_calls.back(), "load 0");
   EXPECT_EQ(count("cuCtxPushCurrent"), count("cuCtxPopCurrent"));
   EXPECT_EQ(count("cuLaunchKernel"), 0);
   fake_driver() = FakeDriver();
@@ -154,9 +185,49 @@ TEST_F(XlaHandlerWithKernel, EveryDeviceGetsItsOwn) {
 TEST_F(XlaHandlerWithKernel, AFailedLaunchIsAnError) {
   const auto call = make_call(problem_text("4,8,2,64"));
   expect_success(heed_xla_attention_fwd_cuda(&call->frame(heed::xla::kInitialize)));
-  fake_driver().launch_result = 700;
+  fake_driver().failing_call = "cuLaunchKernel";
   expect_error(heed_xla_attention_fwd_cuda(&call->frame(heed::xla::kExecute)), heed::xla::kInternal,
-               "cuLaunchKernel failed: a made-up failure (CUDA_ERROR_FAKE)");
+               "cuLaunchKernel failed: invalid argument (CUDA_ERROR_INVALID_VALUE)");
+}
+
+// Only launches here too, as many as the pass has kernels; the context is pushed for none of them.
+TEST_F(XlaHandlerWithKernel, BackwardLoadsFirstAndThenOnlyLaunches) {
+  const auto call = make_call(backward_text(2, 40, 4, 64), 0, 4711);
+  expect_success(heed_xla_attention_bwd_cuda(&call->frame(heed::xla::kInitialize)));
+  EXPECT_GE(count("cuFuncLoad"), 1);
+  EXPECT_EQ(count("cuLaunchKernel"), 0);
+  fake_driver() = FakeDriver();
+  expect_success(heed_xla_attention_bwd_cuda(&call->frame(heed::xla::kInitialize)));
+  EXPECT_EQ(fake_driver().calls, std::vector<std::string>{});
+  for (int i = 0; i < 3; ++i) {
+    fake_driver() = FakeDriver();
+    expect_success(heed_xla_attention_bwd_cuda(&call->frame(heed::xla::kExecute)));
+    ASSERT_FALSE(fake_driver().launches.empty());
+    EXPECT_EQ(fake_driver().calls, std::vector<std::string>(fake_driver().launches.size(), "cuLaunchKernel"));
+    for (const auto& launch : fake_driver().launches) EXPECT_EQ(launch.stream, fake_stream(4711));
+  }
+}
+
+// An executable may come from a version of heed whose kernel needed less.
+TEST_F(XlaHandlerWithKernel, BackwardRefusesAWorkspaceThatIsTooSmall) {
+  const auto call = make_call(backward_text(3, 40, 4, 64));
+  heed::test::XlaCall::Tensor& workspace = *call->results().back();
+  ASSERT_GT(workspace.bytes, 0);
+  workspace.dims.back() -= 1;
+  expect_error(heed_xla_attention_bwd_cuda(&call->frame(heed::xla::kExecute)), heed::xla::kInvalidArgument,
+               "workspace: got float32 [3, 4, " + std::to_string(workspace.dims.back()) + "]");
+  EXPECT_EQ(count("cuLaunchKernel"), 0);
+}
+
+TEST_F(XlaHandlerWithKernel, BackwardRefusesOperandsThatAreNotItsProblems) {
+  const auto call = make_call(backward_text(5, 8, 2, 64));
+  heed::xla::CallFrame& frame = call->frame(heed::xla::kExecute);
+  call->arguments()[4]->dims[3] = 32;
+  expect_error(heed_xla_attention_bwd_cuda(&frame), heed::xla::kInvalidArgument,
+               "out: got bfloat16 [5, 8, 2, 32], expected bfloat16 [5, 8, 2, 64]");
+  frame.rets.size -= 1;  // no workspace
+  expect_error(heed_xla_attention_bwd_cuda(&frame), heed::xla::kInvalidArgument, "not those of its problem");
+  EXPECT_EQ(count("cuLaunchKernel"), 0);
 }
 
 TEST_F(XlaHandlerWithKernel, RefusesOperandsThatAreNotItsProblems) {

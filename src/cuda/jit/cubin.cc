@@ -45,7 +45,8 @@ std::optional<int> cubin_constant(std::string_view cubin, std::string_view name)
       if (!symbol) return std::nullopt;
       if (!is_string_at(cubin, names->sh_offset + symbol->st_name, name)) continue;
       const auto home = section(cubin, *header, symbol->st_shndx);
-      if (!home || home->sh_type == SHT_NOBITS || symbol->st_size != sizeof(int)) return std::nullopt;
+      if (!home || symbol->st_size != sizeof(int)) return std::nullopt;
+      if (home->sh_type == SHT_NOBITS) return 0;  // what is zero takes no room in the file
       return read<int>(cubin, home->sh_offset + symbol->st_value);
     }
   }

@@ -28,6 +28,9 @@
 struct uint4 {
   unsigned x, y, z, w;
 };
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
 
 struct ThreadIndex {
   unsigned x = 0;
@@ -38,10 +41,10 @@ inline ThreadIndex blockIdx;
 namespace heed::device_emulation {
 
 inline constexpr int kWarpSize = 32;
-inline constexpr int kNumWarps = 4;
-inline constexpr int kNumThreads = kNumWarps * kWarpSize;
+inline constexpr int kMaxWarps = 8;
+inline constexpr int kMaxThreads = kMaxWarps * kWarpSize;
 inline constexpr size_t kStackBytes = size_t{1} << 18;
-inline constexpr size_t kMaxSharedBytes = 99 << 10;  // of a block, on every GPU since Ampere
+inline constexpr size_t kMaxSharedBytes = 227 << 10;  // of a block, on the GPUs that have most
 inline constexpr int kMaxTurns = 1 << 22;            // more than any case takes: the block hangs
 
 alignas(1024) inline char shared_memory[kMaxSharedBytes];
@@ -65,6 +68,7 @@ struct AsyncCopy {
   uint32_t to;
   const void* from;
   int num_bytes;
+  uint32_t size;  // the rest is filled with zeros
 };
 
 struct Thread {
@@ -78,9 +82,10 @@ struct Thread {
 struct Block {
   std::function<void()> body;
   ucontext_t scheduler;
-  Thread threads[kNumThreads];
+  int num_threads = 0;
+  Thread threads[kMaxThreads];
   int current = 0;
-  Exchange exchanges[kNumWarps][2];  // used in turn: nobody is two rounds ahead of a lane that still reads
+  Exchange exchanges[kMaxWarps][2];  // used in turn: nobody is two rounds ahead of a lane that still reads
   int num_at_barrier = 0;
   unsigned num_barriers = 0;
   bool any_at_barrier[2];
@@ -112,7 +117,7 @@ inline const LaneValues* exchange(Collective kind, const LaneValues& values) {
 inline bool wait_for_block(bool value) {
   const unsigned round = block.num_barriers;
   block.any_at_barrier[round % 2] |= value;
-  if (++block.num_at_barrier == kNumThreads) {
+  if (++block.num_at_barrier == block.num_threads) {
     block.num_at_barrier = 0;
     block.any_at_barrier[(round + 1) % 2] = false;
     ++block.num_barriers;
@@ -141,7 +146,7 @@ inline void start_thread(Thread& thread) {
 
 // A warp runs alone for some rounds, its lanes in either order from any of them on.
 inline void run_some_warp() {
-  const int warp = static_cast<int>(block.random() % kNumWarps);
+  const int warp = static_cast<int>(block.random() % static_cast<unsigned>(block.num_threads / kWarpSize));
   const int num_rounds = 1 + static_cast<int>(block.random() % 64);
   const int first = static_cast<int>(block.random() % kWarpSize);
   const int step = block.random() % 2 == 0 ? 1 : kWarpSize - 1;
@@ -154,8 +159,10 @@ inline void run_some_warp() {
   }
 }
 
-inline void run_block(unsigned index, size_t shared_bytes, std::function<void()> body) {
+inline void run_block(unsigned index, int num_threads, size_t shared_bytes, std::function<void()> body) {
   if (shared_bytes > kMaxSharedBytes) fail("too much shared memory");
+  if (num_threads > kMaxThreads || num_threads % kWarpSize != 0) fail("not a number of threads that fits");
+  block.num_threads = num_threads;
   block.body = std::move(body);
   block.shared_bytes = shared_bytes;
   block.num_at_barrier = 0;
@@ -164,10 +171,11 @@ inline void run_block(unsigned index, size_t shared_bytes, std::function<void()>
   std::memset(block.exchanges, 0, sizeof block.exchanges);
   std::memset(shared_memory, 0xFF, sizeof shared_memory);  // NaN in every type
   blockIdx.x = index;
-  for (Thread& thread : block.threads) start_thread(thread);
+  Thread* const end = block.threads + num_threads;
+  for (Thread* thread = block.threads; thread != end; ++thread) start_thread(*thread);
   const auto is_done = [](const Thread& thread) { return thread.is_done; };
   int num_turns = 0;
-  while (!std::all_of(std::begin(block.threads), std::end(block.threads), is_done)) {
+  while (!std::all_of(block.threads, end, is_done)) {
     run_some_warp();
     if (++num_turns > kMaxTurns) fail("threads wait for one another for ever");
   }
@@ -201,6 +209,7 @@ inline long long max(int a, long long b) { return std::max<long long>(a, b); }
 
 inline void __syncthreads() { heed::device_emulation::wait_for_block(false); }
 inline int __syncthreads_or(int value) { return heed::device_emulation::wait_for_block(value != 0) ? 1 : 0; }
+inline void __threadfence() {}
 inline void __syncwarp() {
   using heed::device_emulation::Collective;
   heed::device_emulation::exchange(Collective::kSyncWarp, {});
@@ -238,6 +247,11 @@ inline int atomicMin(int* at, int value) {
 inline int atomicMax(int* at, int value) {
   const int old = *at;
   *at = std::max(old, value);
+  return old;
+}
+inline int atomicAdd(int* at, int value) {
+  const int old = *at;
+  *at += value;
   return old;
 }
 inline unsigned atomicOr(unsigned* at, unsigned value) {

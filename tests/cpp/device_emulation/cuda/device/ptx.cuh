@@ -27,29 +27,29 @@ inline char* shared_pointer(uint32 address, uint32 num_bytes) {
   return shared_memory + address;
 }
 
-inline void copy_16(const emulation::AsyncCopy& copy) {
-  char* to = shared_pointer(copy.to, 16);
-  std::memset(to, 0, 16);
+inline void finish_copy(const emulation::AsyncCopy& copy) {
+  char* to = shared_pointer(copy.to, copy.size);
+  std::memset(to, 0, copy.size);
   if (copy.num_bytes == 0) return;
-  if (reinterpret_cast<uintptr_t>(copy.from) % 16 != 0)
+  if (reinterpret_cast<uintptr_t>(copy.from) % copy.size != 0)
     emulation::fail("cp.async reads an address that is not aligned");
   std::memcpy(to, copy.from, static_cast<size_t>(copy.num_bytes));
 }
-
-inline void cp_async_16(uint32 to, const void* from, int num_bytes) {
-  const emulation::AsyncCopy copy = {to, from, num_bytes};
+inline void start_copy(const emulation::AsyncCopy& copy) {
   if (emulation::block.copies_late) {
     emulation::block.threads[emulation::block.current].copies.push_back(copy);
   } else {
-    copy_16(copy);
+    finish_copy(copy);
   }
 }
+inline void cp_async_16(uint32 to, const void* from, int num_bytes) { start_copy({to, from, num_bytes, 16}); }
+inline void cp_async_8(uint32 to, const void* from) { start_copy({to, from, 8, 8}); }
 inline void cp_async_commit() {}
 template <int kPending>
 inline void cp_async_wait() {
   static_assert(kPending == 0, "groups are not told apart");
   std::vector<emulation::AsyncCopy>& copies = emulation::block.threads[emulation::block.current].copies;
-  for (const emulation::AsyncCopy& copy : copies) copy_16(copy);
+  for (const emulation::AsyncCopy& copy : copies) finish_copy(copy);
   copies.clear();
 }
 
@@ -93,6 +93,15 @@ inline void ldmatrix_x4_trans(uint32 (&to)[4], uint32 from) {
   }
   emulation::exchange(emulation::Collective::kLoadedMatrix, {});
 }
+
+// Blocks run one after the other, so that there is nobody to wait for.
+inline void add_global_4(float* to, float a, float b, float c, float d) {
+  if (reinterpret_cast<uintptr_t>(to) % 16 != 0) emulation::fail("red.v4 adds to an address that is not aligned");
+  const float four[4] = {a, b, c, d};
+  for (int i = 0; i < 4; ++i) to[i] += four[i];
+}
+inline int load_relaxed(const int* from) { return *from; }
+inline void add_relaxed(int* to, int value) { *to += value; }
 
 inline float float_of_f16(unsigned short bits) {
   const int exponent = bits >> 10 & 31;

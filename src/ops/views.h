@@ -1,0 +1,25 @@
+// Checks of the views that a caller hands over, against what the problem says of them. Shared by every op.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "core/problem.h"
+#include "heed/heed.h"
+
+namespace heed {
+
+// The view's dtype and shape; an undefined view gives an absent spec. Checks what the type system lets through: ranks
+// and enumerators out of range.
+TensorSpec spec_of(std::string_view name, const TensorView& view);
+
+// One view's dtype, shape and memory against what the problem says. `device` is that of q.
+void check_view(std::string_view name, const TensorView& view, DType dtype, const std::vector<int64_t>& shape,
+                Device device, bool is_output);
+
+// Scratch memory: contiguous float32, aligned to 16 bytes, of at least `bytes`. May be absent if that is 0.
+void check_workspace(const TensorView& view, int64_t bytes, Device device);
+
+}  // namespace heed
