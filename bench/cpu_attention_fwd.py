@@ -294,21 +294,22 @@ def measure_overhead() -> dict[str, float]:
     return result
 
 
-def plot(results: list[dict[str, Any]], title: str) -> None:
+def plot(results: list[dict[str, Any]], title: str, name: str) -> None:
+    """Bars per row and contender, into `bench/results/NAME.png`."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    names = [name for name in ("heed", "torch", "xla") if name in results[0]["gflops"]]
+    contenders = [contender for contender in ("heed", "torch", "xla") if contender in results[0]["gflops"]]
     labels = {"heed": "heed", "torch": "torch SDPA", "xla": "XLA (jax.nn)"}
     colors = {"heed": "#1f6f8b", "torch": "#e07b39", "xla": "#9aa5b1"}
     figure, axes = plt.subplots(figsize=(11, 5))
-    width = 0.8 / len(names)
-    for index, name in enumerate(names):
-        at = [position + (index - (len(names) - 1) / 2) * width for position in range(len(results))]
-        values = [result["gflops"][name] for result in results]
-        bars = axes.bar(at, values, width * 0.92, label=labels[name], color=colors[name])
+    width = 0.8 / len(contenders)
+    for index, contender in enumerate(contenders):
+        at = [position + (index - (len(contenders) - 1) / 2) * width for position in range(len(results))]
+        values = [result["gflops"][contender] for result in results]
+        bars = axes.bar(at, values, width * 0.92, label=labels[contender], color=colors[contender])
         axes.bar_label(bars, fmt="%.0f", fontsize=8, padding=2)
     for position, result in enumerate(results):
         level = result["gflops"]["sgemm"]
@@ -321,7 +322,7 @@ def plot(results: list[dict[str, Any]], title: str) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(ncols=4, frameon=False, loc="upper left")
     figure.tight_layout()
-    figure.savefig(RESULTS / f"{NAME}.png", dpi=120)
+    figure.savefig(RESULTS / f"{name}.png", dpi=120)
 
 
 def report(content: dict[str, Any]) -> str:
@@ -388,7 +389,7 @@ def main() -> None:
     versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items() if version)
     print(f"\n{about['cpu']}, {about['cores']} cores, float32, GFLOP/s; {versions}; {about['date']}\n")
     print(report(content))
-    plot(content["rows"], f"Attention forward, float32, {about['cpu']}, {about['cores']} cores")
+    plot(content["rows"], f"Attention forward, float32, {about['cpu']}, {about['cores']} cores", NAME)
     print(f"\nwrote {path} and {path.with_suffix('.png')}")
 
 

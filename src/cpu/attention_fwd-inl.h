@@ -369,17 +369,6 @@ HWY_NOINLINE void pack_block(const Operand& operand, Range rows, int head_dim, f
   }
 }
 
-HWY_NOINLINE bool is_finite(const float* HWY_RESTRICT packed, int num_rows, int head_dim) {
-  float sum = 0.0f;
-  for (int t = 0; t < num_rows; ++t) {
-    for_vectors(DF(), static_cast<size_t>(head_dim), [&](auto d, size_t x) HWY_ATTR {
-      const auto zeros = hn::Mul(hn::LoadU(d, packed + t * kRowStride + x), hn::Zero(d));
-      if (!hn::AllTrue(d, hn::Eq(zeros, hn::Zero(d)))) sum = 1.0f;
-    });
-  }
-  return sum == 0.0f;
-}
-
 template <class Storage>
 HWY_NOINLINE void pack_panel(const ForwardPlan& plan, const Item& item, Panel& panel, Prefetcher& prefetcher) {
   const int rows = panel.num_vectors * kLanes;
@@ -425,8 +414,9 @@ HWY_NOINLINE void store_panel(const ForwardPlan& plan, const Item& item, const P
     const double sink = sinks == nullptr ? 0.0 : sinks[head * item.sinks.head];
     const auto end = variants::finish_row<double>(panel.row_max[r] * natural, 0.0, panel.row_sum[r], sinks != nullptr,
                                                   sink, [](double x) { return std::exp(x); });
-    store_row<Storage>(by_row + r * kRowStride, static_cast<float>(end.divisor), plan.head_dim_v,
-                       out + query * item.out.token + head * item.out.head, item.out.dim);
+    const auto divisor = static_cast<float>(end.divisor);
+    store_row<Storage>(by_row + r * kRowStride, plan.head_dim_v, out + query * item.out.token + head * item.out.head,
+                       item.out.dim, [=](auto d, auto x) HWY_ATTR { return hn::Div(x, hn::Set(d, divisor)); });
     if (lse != nullptr) {
       lse[head * item.lse.head + query * item.lse.token] = static_cast<float>(end.top + std::log(end.total));
     }
@@ -439,11 +429,6 @@ HWY_NOINLINE void store_panel(const ForwardPlan& plan, const Item& item, const P
 inline int max_panels(const ForwardPlan& plan) {
   const size_t floats = static_cast<size_t>(plan.head_dim_qk + plan.head_dim_v + kTile) * kPanelRows;
   return static_cast<int>(std::clamp<size_t>(kMaxPanelFloats / floats, 1, kMaxPanels));
-}
-
-template <class T>
-inline void advance(Operand& operand, int64_t elements) {
-  if (operand.data != nullptr) operand.data = static_cast<T*>(operand.data) + elements;
 }
 
 // Points the item's operands at its problem, KV head and first token.
@@ -538,7 +523,8 @@ void run_block(const ForwardPlan& plan, const Item& item, Range block, Range nex
   const Range rows = {block.begin + begin, block.begin + end};
   pack_block<Storage>(item.k, rows, plan.head_dim_qk, item.k_block + begin * kRowStride);
   pack_block<Storage>(item.v, rows, plan.head_dim_v, item.v_block + begin * kRowStride);
-  const bool are_all_finite = !needs_mask || is_finite(item.v_block + begin * kRowStride, end - begin, plan.head_dim_v);
+  const bool are_all_finite =
+      !needs_mask || is_finite(item.v_block + begin * kRowStride, kRowStride, end - begin, plan.head_dim_v);
   prefetcher.start(plan, item.k, item.v, next, sizeof(typename Storage::Stored));
   for (int p = 0; p < item.num_panels; ++p) {
     if (keys[p].empty()) continue;
@@ -546,7 +532,7 @@ void run_block(const ForwardPlan& plan, const Item& item, Range block, Range nex
     // Asked again for the panel's own keys, so that a row's result does not depend on which panels share its item.
     const bool is_v_finite =
         are_all_finite || !keys[p].needs_mask() ||
-        is_finite(item.v_block + keys[p].begin * kRowStride, keys[p].end - keys[p].begin, plan.head_dim_v);
+        is_finite(item.v_block + keys[p].begin * kRowStride, kRowStride, keys[p].end - keys[p].begin, plan.head_dim_v);
     if (panel.num_vectors == 1) {
       attend_block<1>(plan, item, panel, block, keys[p], is_v_finite, prefetcher);
     } else if (kVectors > 2 && panel.num_vectors == 3) {

@@ -43,91 +43,11 @@
 
 #if HWY_ONCE
 
-#include <algorithm>
-#include <cmath>
-#include <limits>
-
 #include "cpu/attention_fwd.h"
 
 namespace heed::cpu {
 
 HWY_EXPORT(attention_fwd_run);
-
-namespace {
-
-// Axes after the leading ones, outermost first; `nullptr` ends the list.
-using AxisList = std::initializer_list<int64_t Operand::*>;
-
-Operand make_operand(const TensorView& view, int num_lead_axes, AxisList axes) {
-  Operand operand;
-  if (!view.defined()) return operand;
-  operand.data = view.data;
-  for (int axis = 0; axis < num_lead_axes; ++axis) {
-    operand.lead[axis] = view.shape[axis] == 1 ? 0 : view.strides[axis];
-  }
-  int axis = num_lead_axes;
-  for (int64_t Operand::*stride : axes) operand.*stride = view.strides[axis++];
-  return operand;
-}
-
-ForwardPlan make_plan(const AttentionProblem& problem, const AttentionForwardArgs& args) {
-  ForwardPlan plan;
-  plan.dtype = problem.dtype;
-  plan.num_lead_axes = static_cast<int>(problem.lead.size());
-  std::copy(problem.lead.begin(), problem.lead.end(), plan.lead_sizes.begin());
-  plan.is_varlen = problem.is_varlen;
-  plan.num_sequences = problem.is_varlen ? problem.batch : 0;
-  plan.batch = problem.is_varlen ? 1 : problem.batch;
-  plan.num_problems = plan.batch;
-  for (int64_t size : problem.lead) plan.num_problems *= size;
-  plan.q_len = problem.q_len;
-  plan.kv_len = problem.kv_len;
-  plan.num_kv_heads = problem.num_kv_heads;
-  plan.group = problem.num_kv_heads == 0 ? 0 : problem.num_q_heads / problem.num_kv_heads;
-  plan.head_dim_qk = static_cast<int>(problem.head_dim_qk);
-  plan.head_dim_v = static_cast<int>(problem.head_dim_v);
-
-  const int lead = plan.num_lead_axes;
-  const AxisList dense_tokens = {&Operand::batch, &Operand::token, &Operand::head, &Operand::dim};
-  const AxisList varlen_tokens = {&Operand::token, &Operand::head, &Operand::dim};
-  const AxisList tokens_by_heads = problem.is_varlen ? varlen_tokens : dense_tokens;
-  plan.q = make_operand(args.q, lead, tokens_by_heads);
-  plan.k = make_operand(args.k, lead, tokens_by_heads);
-  plan.v = make_operand(args.v, lead, tokens_by_heads);
-  plan.out = make_operand(args.out, lead, tokens_by_heads);
-  plan.sinks = make_operand(args.sinks, lead, {&Operand::head});
-  plan.alibi_slopes = make_operand(args.alibi_slopes, lead, {&Operand::head});
-  plan.q_segment_ids = make_operand(args.q_segment_ids, lead, {&Operand::batch, &Operand::token});
-  plan.kv_segment_ids = make_operand(args.kv_segment_ids, lead, {&Operand::batch, &Operand::token});
-  plan.cu_seqlens_q = make_operand(args.cu_seqlens_q, lead, {&Operand::token});
-  plan.cu_seqlens_k = make_operand(args.cu_seqlens_k, lead, {&Operand::token});
-  plan.seqused_k = make_operand(args.seqused_k, lead, {&Operand::token});
-  const AxisList dense_rows = {&Operand::batch, &Operand::head, &Operand::token};
-  const AxisList varlen_rows = {&Operand::head, &Operand::token};
-  plan.lse = make_operand(args.lse, lead, problem.is_varlen ? varlen_rows : dense_rows);
-
-  plan.window_left = problem.window_left;
-  plan.window_right = problem.window_right;
-  plan.is_bottom_right = problem.causal_align == CausalAlign::kBottomRight;
-  plan.scale = std::abs(problem.softmax_scale);
-  plan.negates_q = problem.softmax_scale < 0.0;
-  // Beyond 1e30 a cap changes no float32 score that it does not flush to zero in the division. Below the smallest
-  // normal float it would itself be flushed, and there all scores are 0 to float32.
-  plan.has_softcap = problem.softcap > 0.0 && problem.softcap < 1e30;
-  if (plan.has_softcap) {
-    constexpr double kSmallest = std::numeric_limits<float>::min();
-    plan.softcap = static_cast<float>(std::max(problem.softcap, kSmallest));
-    plan.scale_over_cap = static_cast<float>(
-        std::min(plan.scale / problem.softcap, static_cast<double>(std::numeric_limits<float>::max())));
-  }
-  // A scale near 0 must not meet the -inf of a masked score, and one near the largest float must not overflow when it
-  // becomes the factor of a base-2 exponent.
-  plan.has_score_transform =
-      plan.has_softcap || plan.alibi_slopes.data != nullptr || plan.scale < 1e-30 || plan.scale > 1e38;
-  return plan;
-}
-
-}  // namespace
 
 std::string attention_fwd_declines(const AttentionProblem& /*problem*/, const Target& target) {
   if (!target.is_cpu) return "runs on the CPU only, and the target is " + target.name;
@@ -135,7 +55,7 @@ std::string attention_fwd_declines(const AttentionProblem& /*problem*/, const Ta
 }
 
 void attention_fwd(const AttentionProblem& problem, const AttentionForwardArgs& args) {
-  const ForwardPlan plan = make_plan(problem, args);
+  const ForwardPlan plan = make_forward_plan(problem, args);
   if (plan.num_problems == 0 || plan.q_len == 0 || plan.num_kv_heads == 0) return;
   HEED_DYNAMIC_DISPATCH(attention_fwd_run)(plan, num_threads());
 }

@@ -20,6 +20,11 @@ struct Operand {
   int64_t batch = 0, token = 0, head = 0, dim = 0;
 };
 
+template <class T>
+inline void advance(Operand& operand, int64_t elements) {
+  if (operand.data != nullptr) operand.data = static_cast<T*>(operand.data) + elements;
+}
+
 struct ForwardPlan {
   DType dtype{};
   int num_lead_axes = 0;
@@ -62,6 +67,13 @@ struct ForwardPlan {
   float softcap = 0.0f;         // a normal number if has_softcap
   float scale_over_cap = 0.0f;  // finite
 };
+
+// Operands of views, which have `num_lead_axes` leading axes and then those that the comment names.
+Operand token_operand(const TensorView& view, int num_lead_axes, bool is_varlen);  // [B, L, H, D] or [T, H, D]
+Operand row_operand(const TensorView& view, int num_lead_axes, bool is_varlen);    // [B, H, L] or [H, T]
+Operand head_operand(const TensorView& view, int num_lead_axes, bool is_varlen);   // [B, H] or [H]
+
+ForwardPlan make_forward_plan(const AttentionProblem& problem, const AttentionForwardArgs& args);
 
 // Which of the plan's problems: its place along each leading axis and in the batch.
 struct ProblemIndex {

@@ -1,7 +1,9 @@
-// Work items of the CPU attention forward kernel, and where the sequences of a variable-length batch lie.
+// Work items of the CPU attention forward kernel.
 #include "cpu/attention_fwd_schedule.h"
 
 #include <algorithm>
+
+#include "cpu/sequences.h"
 
 namespace heed::cpu {
 namespace {
@@ -10,29 +12,6 @@ using variants::Range;
 
 // Items per thread, at least, where there is work for so many: threads then finish together, also where items differ.
 constexpr int kItemsPerThread = 4;
-
-// int32 values of one problem, such as its cu_seqlens.
-class Lengths {
- public:
-  Lengths(const ForwardPlan& plan, const Operand& operand, const ProblemIndex& index)
-      : data_(static_cast<const int32_t*>(operand.data)), stride_(operand.token) {
-    if (data_ != nullptr) data_ += offset_of(plan, operand, index);
-  }
-  bool empty() const { return data_ == nullptr; }
-  // What the value at `i` says, kept within [low, high].
-  int64_t clamped(int64_t i, int64_t low, int64_t high) const {
-    return std::clamp<int64_t>(data_[i * stride_], low, high);
-  }
-  // Tokens [value i, value i + 1) of `total`.
-  Range sequence(int64_t i, int64_t total) const {
-    const int64_t begin = clamped(i, 0, total);
-    return {begin, clamped(i + 1, begin, total)};
-  }
-
- private:
-  const int32_t* data_;
-  int64_t stride_;
-};
 
 int64_t size_of(Range range) { return range.empty() ? 0 : range.end - range.begin; }
 
@@ -84,38 +63,16 @@ void Schedule::tile(Part& part, double panel_keys_per_item, int max_panels) cons
   part.panels_per_item = static_cast<int>((panels + part.items_per_head - 1) / part.items_per_head);
 }
 
-void Schedule::add_part(const Part& part) {
-  if (part.num_rows(plan_) > 0) parts_.push_back(part);
-}
-
-// Whatever the index arrays hold, every row of q is in exactly one part and every range inside its tensor.
 void Schedule::add_sequences(int64_t problem) {
-  const ProblemIndex index = split_problem(plan_, problem);
-  const Lengths cu_seqlens_q(plan_, plan_.cu_seqlens_q, index);
-  const Lengths cu_seqlens_k(plan_, plan_.cu_seqlens_k, index);
-  const Lengths seqused_k(plan_, plan_.seqused_k, index);
-  const auto outside = [&](int64_t begin, int64_t end) {
+  for_each_sequence(plan_, problem, [&](const Sequence& sequence) {
     Part part;
     part.problem = problem;
-    part.queries = {begin, end};
-    part.is_outside = true;
-    add_part(part);
-  };
-  const int64_t first = plan_.num_sequences == 0 ? plan_.q_len : cu_seqlens_q.clamped(0, 0, plan_.q_len);
-  outside(0, first);
-  int64_t next = first;  // rows before it have their part
-  for (int64_t b = 0; b < plan_.num_sequences; ++b) {
-    Part part;
-    part.problem = problem;
-    part.queries = cu_seqlens_q.sequence(b, plan_.q_len);
-    part.keys = (cu_seqlens_k.empty() ? cu_seqlens_q : cu_seqlens_k).sequence(b, plan_.kv_len);
-    if (!seqused_k.empty()) part.keys.end = part.keys.begin + seqused_k.clamped(b, 0, size_of(part.keys));
-    // Where entries decrease, sequences overlap: a row then belongs to the first one that has it.
-    part.first_query = std::clamp<int64_t>(next - part.queries.begin, 0, size_of(part.queries));
-    next = std::max<int64_t>(next, part.queries.end);
-    add_part(part);
-  }
-  outside(next, plan_.q_len);
+    part.queries = sequence.queries;
+    part.keys = sequence.keys;
+    part.first_query = sequence.first_query;
+    part.is_outside = sequence.is_outside;
+    if (part.num_rows(plan_) > 0) parts_.push_back(part);
+  });
 }
 
 WorkItem Schedule::item(int64_t index) const {

@@ -49,7 +49,6 @@ class Schedule {
   };
 
   int64_t num_panels(const Part& part) const { return (part.num_rows(plan_) + panel_rows_ - 1) / panel_rows_; }
-  void add_part(const Part& part);
   void add_sequences(int64_t problem);
   void tile(Part& part, double panel_keys_per_item, int max_panels) const;
 

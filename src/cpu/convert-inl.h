@@ -134,8 +134,8 @@ HWY_INLINE void for_vectors(D d, size_t count, const Op& op) {
 constexpr int kMaxRow = 256;  // elements of a row that is not contiguous
 
 // `from` [rows][from_stride] -> `to` [columns][to_stride], in squares of 4 x 4 while they fit.
-HWY_NOINLINE void transpose(const float* HWY_RESTRICT from, size_t from_stride, int rows, int columns,
-                            float* HWY_RESTRICT to, size_t to_stride) {
+inline HWY_NOINLINE void transpose(const float* HWY_RESTRICT from, size_t from_stride, int rows, int columns,
+                                   float* HWY_RESTRICT to, size_t to_stride) {
   int r = 0;
 #if HWY_TARGET != HWY_SCALAR
   const hn::FixedTag<float, 4> d4;
@@ -181,18 +181,29 @@ HWY_INLINE void load_row(const typename Storage::Stored* HWY_RESTRICT row, int64
               [&](auto d, size_t x) HWY_ATTR { hn::StoreU(Storage::load(d, row + x), d, to + x); });
 }
 
-// `from` [count] floats, each over `divisor` -> `row`: `count` stored elements, `stride` apart.
-template <class Storage>
-HWY_INLINE void store_row(const float* HWY_RESTRICT from, float divisor, int count,
-                          typename Storage::Stored* HWY_RESTRICT row, int64_t stride) {
+// op(d, `from` [count] floats) -> `row`: `count` stored elements, `stride` apart.
+template <class Storage, class Op>
+HWY_INLINE void store_row(const float* HWY_RESTRICT from, int count, typename Storage::Stored* HWY_RESTRICT row,
+                          int64_t stride, const Op& op) {
   typename Storage::Stored gathered[kMaxRow];
   auto* HWY_RESTRICT to = stride == 1 ? row : gathered;
-  for_vectors(hn::ScalableTag<float>(), static_cast<size_t>(count), [&](auto d, size_t x) HWY_ATTR {
-    Storage::store(hn::Div(hn::LoadU(d, from + x), hn::Set(d, divisor)), d, to + x);
-  });
+  for_vectors(hn::ScalableTag<float>(), static_cast<size_t>(count),
+              [&](auto d, size_t x) HWY_ATTR { Storage::store(op(d, hn::LoadU(d, from + x)), d, to + x); });
   if (stride != 1) {
     for (int x = 0; x < count; ++x) row[x * stride] = gathered[x];
   }
+}
+
+// Whether `packed` [num_rows][stride] holds finite numbers only in the first `count` columns.
+inline HWY_NOINLINE bool is_finite(const float* HWY_RESTRICT packed, size_t stride, int num_rows, int count) {
+  float sum = 0.0f;
+  for (int t = 0; t < num_rows; ++t) {
+    for_vectors(hn::ScalableTag<float>(), static_cast<size_t>(count), [&](auto d, size_t x) HWY_ATTR {
+      const auto zeros = hn::Mul(hn::LoadU(d, packed + static_cast<size_t>(t) * stride + x), hn::Zero(d));
+      if (!hn::AllTrue(d, hn::Eq(zeros, hn::Zero(d)))) sum = 1.0f;
+    });
+  }
+  return sum == 0.0f;
 }
 
 }  // namespace heed::cpu::HWY_NAMESPACE
