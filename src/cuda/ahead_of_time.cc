@@ -4,6 +4,7 @@
 #include <utility>
 
 #include "cuda/jit/sources.h"
+#include "cuda/sm80_attention_bwd.h"
 #include "cuda/sm80_attention_fwd.h"
 
 namespace heed::cuda {
@@ -13,6 +14,7 @@ std::vector<KernelSpec> ahead_of_time_list(const std::string& arch) {
   std::vector<KernelSpec> list;
   list.push_back({"probe", "Probe<256>"});  // what `python -m heed doctor` launches
   for (KernelSpec& spec : sm80_attention_fwd_common_specs()) list.push_back(std::move(spec));
+  for (KernelSpec& spec : sm80_attention_bwd_common_specs()) list.push_back(std::move(spec));
   return list;
 }
 

@@ -3,16 +3,9 @@
 // compiles it too.
 #pragma once
 
-#include "variants/band.h"
+#include "cuda/attention_spec.h"
 
 namespace heed::cuda {
-
-enum class Element : unsigned char { kFloat32, kFloat16, kBFloat16 };
-
-HEED_HOST_DEVICE constexpr int bytes_of(Element element) { return element == Element::kFloat32 ? 4 : 2; }
-HEED_HOST_DEVICE constexpr int round_up(int value, int multiple) {
-  return (value + multiple - 1) / multiple * multiple;
-}
 
 // Everything that the machine code depends on; lengths, strides, masks and windows are run-time values.
 struct Sm80AttentionFwdSpec {
@@ -58,11 +51,6 @@ HEED_HOST_DEVICE constexpr Sm80AttentionFwdTile sm80_attention_fwd_tile(const Sm
   return {4, 16, 32, 2, 2};
 }
 
-// Rows of shared memory tiles are whole multiples of 128 bytes, so that 16-byte chunks can be swizzled inside them.
-HEED_HOST_DEVICE constexpr int sm80_row_bytes(Element element, int dim) {
-  return round_up(dim * bytes_of(element), 128);
-}
-
 // Q, then the stages of K and V. The output tile reuses Q's memory.
 HEED_HOST_DEVICE constexpr int sm80_attention_fwd_shared_bytes(const Sm80AttentionFwdSpec& spec) {
   const Sm80AttentionFwdTile tile = sm80_attention_fwd_tile(spec);
@@ -72,46 +60,9 @@ HEED_HOST_DEVICE constexpr int sm80_attention_fwd_shared_bytes(const Sm80Attenti
   return tile.q_rows() * q_row_bytes + tile.num_stages * tile.kv_rows * (qk_row_bytes + v_row_bytes);
 }
 
-inline constexpr int kMaxLeadAxes = 8;
-
-// One operand; axes that it lacks, and leading axes that it broadcasts over, have stride 0. Strides count elements.
-struct DeviceOperand {
-  void* data;  // null: absent
-  long long lead[kMaxLeadAxes];
-  long long batch, token, head, dim;
-};
-
-struct Sm80AttentionFwdParams {
-  DeviceOperand q;               // [.., B, Lq, Hq, D]; varlen [.., Tq, Hq, D]
-  DeviceOperand k;               // [.., B, Lk, Hk, D]; varlen [.., Tk, Hk, D]
-  DeviceOperand v;               // [.., B, Lk, Hk, Dv]; varlen [.., Tk, Hk, Dv]
-  DeviceOperand out;             // [.., B, Lq, Hq, Dv]; varlen [.., Tq, Hq, Dv]
-  DeviceOperand lse;             // [.., B, Hq, Lq]; varlen [.., Hq, Tq] float32, optional
-  DeviceOperand sinks;           // [.., Hq] float32, optional
-  DeviceOperand alibi_slopes;    // [.., Hq] float32, optional
-  DeviceOperand q_segment_ids;   // [.., B, Lq] int32, optional
-  DeviceOperand kv_segment_ids;  // [.., B, Lk] int32, optional
-  DeviceOperand cu_seqlens_q;    // [.., B + 1] int32, varlen; `token` strides over entries
-  DeviceOperand cu_seqlens_k;    // [.., B + 1] int32, varlen
-  DeviceOperand seqused_k;       // [.., B] int32, varlen, optional
-
-  int lead_sizes[kMaxLeadAxes];
-  int num_lead_axes;
-  int batch;                    // varlen: number of sequences
-  int q_len, kv_len;            // varlen: rows of all sequences
-  int num_q_heads, group;       // query heads, query heads per KV head
-  int head_dim_qk, head_dim_v;  // as the caller gave them
-
-  variants::Index window_left, window_right;
-  bool is_bottom_right;
-  float scale;       // of the raw products; with score transforms only
-  float scale_log2;  // scale * log2(e): raw products to base-2 exponents; without score transforms
-  float softcap, scale_over_cap;
-
-  // The order of the work, one block of threads for each tile of query rows of each head.
-  unsigned num_heads;  // query heads of all problems; dense: of all sequences too
-  int section_heads;   // dense: sections of so many heads, each from the last query tile to the first
-  int num_tiles;       // varlen: an upper bound of the tiles of all sequences
+struct Sm80AttentionFwdParams : AttentionParams {
+  DeviceOperand out;  // [.., B, Lq, Hq, Dv]; varlen [.., Tq, Hq, Dv]
+  DeviceOperand lse;  // [.., B, Hq, Lq]; varlen [.., Hq, Tq] float32, optional
 };
 
 }  // namespace heed::cuda

@@ -4,8 +4,8 @@
 // step, operand B 8 columns of it. `make_a` takes A from shared memory (as ldmatrix leaves it) or from accumulators.
 #pragma once
 
+#include "cuda/attention_spec.h"
 #include "cuda/device/ptx.cuh"
-#include "cuda/sm80_attention_fwd_spec.h"
 
 namespace heed::cuda {
 
@@ -45,9 +45,12 @@ struct MathOf {
     }
     return are;
   }
+  // Of the lower 16 bits.
+  static __device__ __forceinline__ float to_float(uint32 bits) {
+    return kIsBf16 ? __uint_as_float(bits << 16) : ptx::float_of_f16(static_cast<unsigned short>(bits));
+  }
   static __device__ __forceinline__ float load(const char* from) {
-    const unsigned short bits = *reinterpret_cast<const unsigned short*>(from);
-    return kIsBf16 ? __uint_as_float(static_cast<uint32>(bits) << 16) : ptx::float_of_f16(bits);
+    return to_float(*reinterpret_cast<const unsigned short*>(from));
   }
 
   static __device__ __forceinline__ void mma(Accumulator& acc, const A& a, const B& b) {

@@ -88,6 +88,45 @@ __device__ __forceinline__ void multiply(const Accumulator (&p)[kRowTiles][kKeyT
   }
 }
 
+// out += A B for 16-bit types, both in shared memory: A has kSteps times 16 columns, B as many rows. A's tile holds it
+// by rows, or, transposed, by columns; the result has kRowTiles times 16 rows, A's from `first_row` on, and kDimTiles
+// times 8 columns, B's from 16 * `first_pair` on.
+template <class Math, class ATile, class BTile, bool kIsTransposed, int kSteps, int kUnroll, int kRowTiles,
+          int kDimTiles>
+__device__ __forceinline__ void multiply_tiles(uint32 a_tile, int first_row, uint32 b_tile, int first_pair, int lane,
+                                               Accumulator (&out)[kRowTiles][kDimTiles]) {
+  // Transposed, 16 rows are the columns of A's tile that are a step otherwise.
+  const LaneReader<ATile> a_reader = kIsTransposed
+                                         ? LaneReader<ATile>(a_tile, (lane & 7) + (lane >> 4) * 8, lane >> 3 & 1)
+                                         : LaneReader<ATile>(a_tile, first_row + (lane & 15), lane >> 4);
+  const LaneReader<BTile> b_reader(b_tile, lane & 15, lane >> 4);
+#pragma unroll kUnroll
+  for (int step = 0; step < kSteps; ++step) {
+    typename Math::A a[kRowTiles];
+#pragma unroll
+    for (int row_tile = 0; row_tile < kRowTiles; ++row_tile) {
+      uint32 bits[4];
+      if constexpr (kIsTransposed) {
+        ptx::ldmatrix_x4_trans(bits, a_reader.of_step(first_row / 16 + row_tile) + step * 16 * ATile::kRowBytes);
+      } else {
+        ptx::ldmatrix_x4(bits, a_reader.of_step(step) + row_tile * 16 * ATile::kRowBytes);
+      }
+      a[row_tile] = Math::make_a(bits);
+    }
+#pragma unroll
+    for (int dim_tile = 0; dim_tile < kDimTiles; dim_tile += 2) {
+      uint32 bits[4];
+      ptx::ldmatrix_x4_trans(bits, b_reader.of_step(first_pair + dim_tile / 2) + step * 16 * BTile::kRowBytes);
+      const typename Math::B left = Math::make_b(bits[0], bits[1]), right = Math::make_b(bits[2], bits[3]);
+#pragma unroll
+      for (int row_tile = 0; row_tile < kRowTiles; ++row_tile) {
+        Math::mma(out[row_tile][dim_tile], a[row_tile], left);
+        Math::mma(out[row_tile][dim_tile + 1], a[row_tile], right);
+      }
+    }
+  }
+}
+
 // scores = Q K^T for float32.
 template <class Math, int kSteps, int kUnroll, class QTile, class KTile, int kRowTiles, int kKeyTiles>
 __device__ __forceinline__ void multiply_transposed_float32(const LaneReader<QTile>& q, const LaneReader<KTile>& k,
@@ -110,7 +149,7 @@ __device__ __forceinline__ void multiply_transposed_float32(const LaneReader<QTi
 #pragma unroll
       for (int row_tile = 0; row_tile < kRowTiles; ++row_tile) {
         sums[row_tile][key_tile].add_product(a[row_tile], left);
-        sums[row_tile][key_tile + 1].add_product(a[row_tile], right);
+        if (key_tile + 1 < kKeyTiles) sums[row_tile][key_tile + 1].add_product(a[row_tile], right);
       }
     }
   }
@@ -155,6 +194,41 @@ __device__ __forceinline__ void multiply_float32(const Accumulator (&p)[kRowTile
       for (int i = 0; i < 4; ++i) out[row_tile][dim_tile][i] += sums[row_tile].total(i);
     }
     __syncwarp();  // the compiler loads no further ahead: registers
+  }
+}
+
+// The same as multiply_tiles for float32: a step is 8 columns of A, elements are read one by one.
+template <class Math, class ATile, class BTile, bool kIsTransposed, int kSteps, int kDimTiles>
+__device__ __forceinline__ void multiply_tiles_float32(uint32 a_tile, int first_row, uint32 b_tile, int first_pair,
+                                                       int lane, Accumulator (&out)[1][kDimTiles]) {
+  const auto load = [](uint32 row_and_chunk, int element) {
+    return ptx::load_shared_4(row_and_chunk + (element & 3) * 4);
+  };
+  const int row = lane >> 2, column = lane & 3;
+#pragma unroll 1
+  for (int dim_tile = 0; dim_tile < kDimTiles; ++dim_tile) {
+    typename Math::Sum sum;
+    const int dim = first_pair * 16 + dim_tile * 8 + row;
+#pragma unroll 1
+    for (int step = 0; step < kSteps; ++step) {
+      uint32 bits[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int a_row = first_row + row + i % 2 * 8, a_column = step * 8 + column + i / 2 * 4;
+        bits[i] = kIsTransposed ? load(a_tile + ATile::offset(a_column, a_row >> 2), a_row)
+                                : load(a_tile + ATile::offset(a_row, a_column >> 2), a_column);
+      }
+      const int b_row = step * 8 + column;
+      sum.add_product(Math::make_a(bits), Math::make_b(load(b_tile + BTile::offset(b_row, dim >> 2), dim),
+                                                       load(b_tile + BTile::offset(b_row + 4, dim >> 2), dim)));
+    }
+#pragma unroll
+    for (int tile = 0; tile < kDimTiles; ++tile) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        if (tile == dim_tile) out[0][tile][i] += sum.total(i);
+      }
+    }
   }
 }
 

@@ -6,6 +6,7 @@
 namespace heed::cuda {
 
 inline constexpr float kInfinity = __builtin_bit_cast(float, 0x7f800000);
+inline constexpr float kNaN = __builtin_bit_cast(float, 0x7fffffff);
 inline constexpr float kLog2E = 1.4426950408889634f;
 inline constexpr float kLn2 = 0.6931471805599453f;
 

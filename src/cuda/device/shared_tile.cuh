@@ -2,8 +2,8 @@
 // different bank groups, whether a warp reads them with ldmatrix or writes accumulators into them.
 #pragma once
 
+#include "cuda/attention_spec.h"
 #include "cuda/device/ptx.cuh"
-#include "cuda/sm80_attention_fwd_spec.h"
 
 namespace heed::cuda {
 

@@ -30,6 +30,7 @@
 #include "cuda/device/products.cuh"
 #include "cuda/device/row_set.cuh"
 #include "cuda/device/score_math.cuh"
+#include "cuda/device/segment_range.cuh"
 #include "cuda/device/shared_tile.cuh"
 #include "cuda/sm80_attention_fwd_spec.h"
 #include "variants/alibi.h"
@@ -470,41 +471,6 @@ struct Sm80AttentionFwd {
 
   // -------------------------------------------------------------------------------------------------------------------
 
-  // The keys that some of the block's rows may see, by their segment ids: the ends that carry no id of these rows are
-  // dropped (as variants::segment_keys does), which leaves each packed sequence its own keys.
-  static __device__ __forceinline__ variants::Range segment_range(const Params& params, const AttentionWork& work,
-                                                                  const Head& head, variants::Range keys) {
-    __shared__ int ends[4];  // smallest and largest id of the rows, first and last key
-    if (threadIdx.x == 0) {
-      ends[0] = ends[2] = 0x7fffffff;
-      ends[1] = ends[3] = -0x7fffffff - 1;
-    }
-    __syncthreads();
-    const int* q_ids = pointer_to<int>(params, params.q_segment_ids, work, 0);
-    const int num_rows = min(kQRows, work.q_len - work.q_begin);
-    for (int row = static_cast<int>(threadIdx.x); row < num_rows; row += kNumThreads) {
-      const int id = q_ids[(work.q_begin + row) * params.q_segment_ids.token];
-      atomicMin(&ends[0], id);
-      atomicMax(&ends[1], id);
-    }
-    __syncthreads();
-    const int smallest = ends[0], largest = ends[1];
-    int first = 0x7fffffff, last = -1;
-    for (variants::Index key = keys.begin + static_cast<int>(threadIdx.x); key < keys.end; key += kNumThreads) {
-      const int id = head.kv_segment_ids[key * params.kv_segment_ids.token];
-      if (id >= smallest && id <= largest) {
-        first = min(first, static_cast<int>(key));
-        last = max(last, static_cast<int>(key));
-      }
-    }
-    if (last >= 0) {
-      atomicMin(&ends[2], first);
-      atomicMax(&ends[3], last);
-    }
-    __syncthreads();
-    return variants::intersect(keys, {ends[2], static_cast<variants::Index>(ends[3]) + 1});
-  }
-
   using Steps = StepsOf<kKvRows>;
 
   // What a warp does not see it skips, what all its rows see it does not mask.
@@ -656,7 +622,9 @@ struct Sm80AttentionFwd {
     variants::Range keys = variants::intersect(band.keys_of_any({work.q_begin, q_end}), all_keys);
     if constexpr (kSpec.has_segment_ids) {
       head.kv_segment_ids = pointer_to<int>(params, params.kv_segment_ids, work, 0);
-      keys = segment_range(params, work, head, keys);
+      keys =
+          segment_range<kNumThreads>(pointer_to<int>(params, params.q_segment_ids, work, 0), params.q_segment_ids.token,
+                                     {work.q_begin, q_end}, head.kv_segment_ids, params.kv_segment_ids.token, keys);
     }
     const Steps steps = Steps::touching(keys);
 
