@@ -98,6 +98,7 @@ class Inputs:
     k: Any
     v: Any
     offsets: Any = None
+    dout: Any = None  # the gradient of the output, where one is taken
 
 
 def make_inputs(row: Row, device: str) -> Inputs:
@@ -209,7 +210,7 @@ def wrong_result(row: Row, x: Inputs, out: Any, num_rows: int = 64) -> str | Non
         rounded = torch.softmax((k.float() * q.float()).sum(-1) * scale, 0).to(v.dtype)
         naive.append((rounded.float()[:, None] * v.float()).sum(0).to(v.dtype).float().cpu().numpy())
         found.append(out[b, i, h].float().cpu().numpy())
-    return _verdict(found, naive, oracle, row.label)
+    return verdict(found, naive, oracle, row.label)
 
 
 def wrong_packed_result(row: PackedRow, x: Inputs, out: Any, num_rows: int = 64) -> str | None:
@@ -224,7 +225,8 @@ def wrong_packed_result(row: PackedRow, x: Inputs, out: Any, num_rows: int = 64)
     return None
 
 
-def _verdict(found: list[Any], naive: list[Any], oracle: list[Any], what: str) -> str | None:
+def verdict(found: Any, naive: Any, oracle: Any, what: str) -> str | None:
+    """What the tests' rule says against a bfloat16 result, or None."""
     import ml_dtypes
 
     bfloat16 = ml_dtypes.bfloat16

@@ -1,7 +1,8 @@
-"""JAX's part of the GPU benchmark, in a process of its own: heed and jax.nn's cuDNN under jit, and a call's overhead.
+"""JAX's part of the GPU benchmarks, in a process of its own: heed and jax.nn's cuDNN under jit, and a call's overhead.
 
 JAX has no events: blocks of calls are timed by the host, from the first to the result of the last. Started by
-gpu_attention_fwd.py, as `python bench/gpu_jax.py RESULT.json`.
+gpu_attention_fwd.py as `python bench/gpu_jax.py RESULT.json`, and by gpu_attention_bwd.py with `--backward`: then a
+call is a forward and a backward pass.
 """
 
 from __future__ import annotations
@@ -24,23 +25,33 @@ import jax.numpy as jnp
 
 import gpu_timing
 import heed
+from gpu_bwd_contenders import FWD_BWD_WORK
 from gpu_contenders import Row, dense_rows
 
+BACKWARD_TOKENS = (1024, 4096, 16384)
 
-def calls(row: Row) -> dict[str, Callable[[], Any]]:
+
+def calls(row: Row, is_backward: bool) -> dict[str, Callable[[], Any]]:
     """The jitted contenders on one set of inputs."""
     shape = (row.batch, row.tokens, row.q_heads, row.head_dim)
-    q, k, v = (jax.random.normal(key, shape, jnp.bfloat16) for key in jax.random.split(jax.random.key(0), 3))
+    q, k, v, dout = (jax.random.normal(key, shape, jnp.bfloat16) for key in jax.random.split(jax.random.key(0), 4))
     attends = {
         "heed": functools.partial(heed.flash_mha, is_causal=row.is_causal),
         "cudnn": functools.partial(jax.nn.dot_product_attention, is_causal=row.is_causal, implementation="cudnn"),
     }
+    if is_backward:
+        return {name: functools.partial(jax.jit(gradients(attend)), q, k, v, dout) for name, attend in attends.items()}
     return {name: functools.partial(jax.jit(attend), q, k, v) for name, attend in attends.items()}
 
 
-def measure_row(row: Row, clock: gpu_timing.Clock, rounds: int) -> dict[str, Any]:
+def gradients(attend: Callable[..., Any]) -> Callable[..., Any]:
+    """(q, k, v, gradient of the output) -> the gradients of q, k and v: one forward and one backward pass."""
+    return lambda q, k, v, dout: jax.vjp(attend, q, k, v)[1](dout)
+
+
+def measure_row(row: Row, clock: gpu_timing.Clock, rounds: int, is_backward: bool = False) -> dict[str, Any]:
     callers, absent = {}, {}
-    for name, call in calls(row).items():
+    for name, call in calls(row, is_backward).items():
         try:
             jax.block_until_ready(call())
         except Exception as error:
@@ -51,7 +62,7 @@ def measure_row(row: Row, clock: gpu_timing.Clock, rounds: int) -> dict[str, Any
         "label": f"JAX, {row.label}",
         "tokens": row.tokens,
         "is_causal": row.is_causal,
-        "tflop": row.flops / 1e12,
+        "tflop": row.flops * (FWD_BWD_WORK if is_backward else 1) / 1e12,
         "seconds": {mode: gpu_timing.measure(callers, clock, mode, rounds) for mode in gpu_timing.MODES},
         "absent": absent,
     }
@@ -82,21 +93,29 @@ def measure_overhead() -> dict[str, float]:
     }
 
 
+def chosen_rows(is_quick: bool, is_backward: bool) -> list[Row]:
+    if is_backward and is_quick:
+        return [Row("d128", 4096, 16, 16, 128, True)]
+    rows = [row for row in dense_rows(is_quick) if row.group == "d128"]
+    return [row for row in rows if row.tokens in BACKWARD_TOKENS] if is_backward else rows
+
+
 def main() -> int:
-    parser = argparse.ArgumentParser(description="JAX's part of the GPU benchmark.")
+    parser = argparse.ArgumentParser(description="JAX's part of the GPU benchmarks.")
     parser.add_argument("result", type=Path)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--backward", action="store_true", help="forward and backward passes, without overheads")
     arguments = parser.parse_args()
     if jax.default_backend() not in ("gpu", "cuda"):
         print(f"JAX {jax.__version__} has no GPU: its backend is {jax.default_backend()}", file=sys.stderr)
         return 1
     clock = gpu_timing.WallClock(jax.block_until_ready)
-    rows = [row for row in dense_rows(arguments.quick) if row.group == "d128"]
     result: dict[str, Any] = {"rows": []}
-    result["overhead_us"] = measure_overhead()
-    for row in rows:
-        result["rows"].append(measure_row(row, clock, arguments.rounds))
+    if not arguments.backward:
+        result["overhead_us"] = measure_overhead()
+    for row in chosen_rows(arguments.quick, arguments.backward):
+        result["rows"].append(measure_row(row, clock, arguments.rounds, arguments.backward))
         arguments.result.write_text(json.dumps(result))
     return 0
 

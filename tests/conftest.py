@@ -130,7 +130,7 @@ def _jax_eager_face(
     return np.asarray(out), np.asarray(lse)
 
 
-def _each(convert: Callable[[Any], Any], arrays: dict[str, Any]) -> dict[str, Any]:
+def each_array(convert: Callable[[Any], Any], arrays: dict[str, Any]) -> dict[str, Any]:
     """The arrays converted; segment ids may be a pair."""
     return {
         name: tuple(map(convert, value)) if isinstance(value, (tuple, list)) else convert(value)
@@ -146,7 +146,7 @@ def _torch_face(
     import heed
 
     q, k, v = map(to_torch, (q, k, v))
-    out, lse = getattr(heed, function)(q, k, v, return_lse=True, **_each(to_torch, arrays), **statics)
+    out, lse = getattr(heed, function)(q, k, v, return_lse=True, **each_array(to_torch, arrays), **statics)
     assert isinstance(out, torch.Tensor) and out.device == q.device and lse.device == q.device
     return from_torch(out), from_torch(lse)
 
@@ -165,6 +165,7 @@ def from_torch(tensor: Any) -> np.ndarray:
     import ml_dtypes
     import torch
 
+    tensor = tensor.detach()
     if tensor.dtype == torch.bfloat16:
         return tensor.view(torch.int16).cpu().numpy().view(ml_dtypes.bfloat16)
     return tensor.cpu().numpy()
@@ -181,7 +182,7 @@ def _cupy_face(
         q, k, v = map(to_cupy, (q, k, v))
     except (TypeError, ValueError) as error:
         pytest.skip(f"CuPy {cupy.__version__} cannot hold {np.asarray(q).dtype}: {error}")
-    out, lse = getattr(heed, function)(q, k, v, return_lse=True, **_each(to_cupy, arrays), **statics)
+    out, lse = getattr(heed, function)(q, k, v, return_lse=True, **each_array(to_cupy, arrays), **statics)
     assert isinstance(out, cupy.ndarray) and out.device == q.device and lse.device == q.device
     return from_cupy(out), from_cupy(lse)
 

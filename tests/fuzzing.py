@@ -14,14 +14,14 @@ from typing import Any
 
 import numpy as np
 
-from expected import Expected, expected
+from expected import Expected, expected, expected_varlen
 from specs import DTYPES
-from varlen_specs import expected_varlen
 
 OPERANDS = (
     "q", "k", "v", "sinks", "alibi_slopes",
     "q_segment_ids", "kv_segment_ids", "cu_seqlens_q", "cu_seqlens_k", "seqused_k",
 )  # fmt: skip
+BWD_OPERANDS = (*OPERANDS, "out", "lse", "dout", "dlse")
 GUARD = 16  # elements of guard zone on either side of a tensor's memory
 
 
@@ -60,16 +60,22 @@ class Case:
 
 
 def want_of(operands: dict[str, np.ndarray | None], options: dict[str, Any]) -> Expected:
+    q, k, v = (operands[name] for name in "qkv")
+    assert q is not None and k is not None and v is not None
+    given = arguments_of(operands, options)
+    return expected(q, k, v, **given) if operands["cu_seqlens_q"] is None else expected_varlen(q, k, v, **given)
+
+
+def arguments_of(operands: dict[str, np.ndarray | None], options: dict[str, Any]) -> dict[str, Any]:
+    """All but q, k and v, as the oracle takes them."""
     given: dict[str, Any] = {name: operands[name] for name in ("sinks", "alibi_slopes") if operands[name] is not None}
     if operands["q_segment_ids"] is not None:
         given["segment_ids"] = (operands["q_segment_ids"], operands["kv_segment_ids"])
-    q, k, v = (operands[name] for name in "qkv")
-    assert q is not None and k is not None and v is not None
     kept = ("softmax_scale", "is_causal", "causal_align", "window_size", "softcap")
     given |= {name: options[name] for name in kept}
-    if operands["cu_seqlens_q"] is None:
-        return expected(q, k, v, **given)
-    return expected_varlen(q, k, v, **given, **{name: operands[name] for name in OPERANDS[-3:]})
+    if operands["cu_seqlens_q"] is not None:
+        given |= {name: operands[name] for name in OPERANDS[-3:]}
+    return given
 
 
 def judge(
@@ -228,13 +234,17 @@ def text_of(case: Case) -> str:
     for name, value in case.operands.items():
         if value is not None:
             text += f";{name}={value.dtype.name}[{','.join(map(str, value.shape))}]"
+    return text + options_text(case, f";lse={int(case.wants_lse)}")
+
+
+def options_text(case: Case, lse: str) -> str:
     o = case.options
     scale = "default" if o["softmax_scale"] is None else float(o["softmax_scale"]).hex()
     max_seqlen = f";max_seqlen={o['max_seqlen_q']},{o['max_seqlen_k']}" if case.is_varlen else ""
     left, right = o["window_size"]
     return (
-        f"{text};scale={scale};causal={int(o['is_causal'])};align={o['causal_align']}"
-        f";window={left},{right}{max_seqlen};softcap={float(o['softcap']).hex()};lse={int(case.wants_lse)}"
+        f";scale={scale};causal={int(o['is_causal'])};align={o['causal_align']}"
+        f";window={left},{right}{max_seqlen};softcap={float(o['softcap']).hex()}{lse}"
         f";deterministic={int(o['deterministic'])};backend={o['backend'] or 'auto'}"
     )
 
@@ -242,23 +252,34 @@ def text_of(case: Case) -> str:
 _NUMBER = (
     r"-?0x-?(?:[0-9a-fA-F]+\.?[0-9a-fA-F]*|\.[0-9a-fA-F]+)(?:[pP][+-]*\d+)?"  # what C++ reads as a hexadecimal number
 )
-_TEXT = re.compile(
-    r"attention_fwd\.v1" + "".join(rf"(?:;{name}=([a-z0-9_]+)\[((?:-?\d+(?:,-?\d+)*)?)\])?" for name in OPERANDS) +
-    rf";scale=(default|{_NUMBER});causal=([01]);align=(bottom_right|top_left);window=(-?\d+),(-?\d+)(?:;max_seqlen=(-?\d+),(-?\d+))?"
-    rf";softcap=({_NUMBER});lse=([01]);deterministic=([01]);backend=(auto|cpu|sm80|sm90)"
-)  # fmt: skip
 
 
-def parse(text: str) -> tuple[dict[str, tuple[str, tuple[int, ...]] | None], dict[str, Any], bool]:
+def _schema(name: str, operands: tuple[str, ...], lse: str) -> re.Pattern[str]:
+    return re.compile(
+        rf"{name}\.v1" + "".join(rf"(?:;{operand}=([a-z0-9_]+)\[((?:-?\d+(?:,-?\d+)*)?)\])?" for operand in operands) +
+        rf";scale=(default|{_NUMBER});causal=([01]);align=(bottom_right|top_left);window=(-?\d+),(-?\d+)"
+        rf"(?:;max_seqlen=(-?\d+),(-?\d+))?;softcap=({_NUMBER}){lse};deterministic=([01]);backend=(auto|cpu|sm80|sm90)"
+    )  # fmt: skip
+
+
+_SCHEMAS = {
+    OPERANDS: _schema("attention_fwd", OPERANDS, ";lse=([01])"),
+    BWD_OPERANDS: _schema("attention_bwd", BWD_OPERANDS, "()"),
+}
+
+
+def parse(
+    text: str, names: tuple[str, ...] = OPERANDS
+) -> tuple[dict[str, tuple[str, tuple[int, ...]] | None], dict[str, Any], bool]:
     """Operands, options and wants_lse of a text that follows the schema; raises AssertionError for any other."""
-    match = _TEXT.fullmatch(text)
+    match = _SCHEMAS[names].fullmatch(text)
     assert match, f"the library accepted a text that does not follow the schema: {text!r}"
     groups = match.groups()
     operands: dict[str, Any] = {}
-    for i, name in enumerate(OPERANDS):
+    for i, name in enumerate(names):
         dtype, shape = groups[2 * i], groups[2 * i + 1]
         operands[name] = None if dtype is None else (dtype, tuple(int(n) for n in shape.split(",") if n))
-    scale, causal, align, left, right, max_q, max_k, softcap, lse, _, _ = groups[2 * len(OPERANDS) :]
+    scale, causal, align, left, right, max_q, max_k, softcap, lse, _, _ = groups[2 * len(names) :]
     assert (max_q is None) == (operands["cu_seqlens_q"] is None), f"max_seqlen goes with cu_seqlens_q: {text!r}"
     options = {
         "softmax_scale": None if scale == "default" else _real(scale),

@@ -13,6 +13,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from heed import reference
+
 DTYPES: dict[str, np.dtype[Any]] = {
     "float32": np.dtype(np.float32),
     "float16": np.dtype(np.float16),
@@ -125,6 +127,32 @@ def make_inputs(spec: AttentionSpec, seed: int = 0) -> AttentionInputs:
         k[hidden], v[hidden] = np.nan, np.inf
     dtype = spec.np_dtype
     return AttentionInputs(q.astype(dtype), k.astype(dtype), v.astype(dtype), arrays)
+
+
+def make_cotangents(spec: AttentionSpec, seed: int = 0) -> tuple[np.ndarray, np.ndarray | None]:
+    """dout and, for about half of the specs, dlse: the same for the same spec name and seed.
+
+    Queries that see no key, and have no sink, get NaN: no gradient may depend on them.
+    """
+    key = zlib.crc32(spec.name.encode())
+    rng = np.random.default_rng([seed, key, 1])
+    dout = rng.standard_normal((spec.batch, spec.q_len, spec.num_q_heads, spec.head_dim_v)).astype(spec.np_dtype)
+    dlse = rng.standard_normal((spec.batch, spec.num_q_heads, spec.q_len)).astype(np.float32)
+    if not spec.sinks:
+        ids = make_inputs(spec, seed).arrays.get("segment_ids")
+        visible = np.broadcast_to(
+            reference.visible_keys(
+                np, spec.q_len, spec.kv_len, spec.is_causal, spec.window_size, spec.causal_align
+            ),
+            (spec.batch, spec.q_len, spec.kv_len),
+        )  # fmt: skip
+        if ids is not None:
+            q_ids, kv_ids = ids if isinstance(ids, tuple) else (ids, ids)
+            visible = visible & (q_ids[:, :, None] == kv_ids[:, None, :])
+        is_blind = ~visible.any(-1)
+        dout[is_blind] = np.nan
+        dlse.swapaxes(1, 2)[is_blind] = np.nan
+    return dout, dlse if key % 2 else None
 
 
 def _segment_ids(spec: AttentionSpec, rng: np.random.Generator) -> Any:

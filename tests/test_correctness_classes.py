@@ -1,8 +1,8 @@
 """One test per bug class that attention libraries have shipped, as far as a forward pass can meet it.
 
 Head dims, group sizes, D_qk != D_v, tails and odd sizes are rows of the named specs, and
-`test_every_class_has_its_specs` keeps them there; this file holds what needs a test of its own. Classes of other ops
-(merging, caches, paging, gradients, captured graphs) come with those ops.
+`test_every_class_has_its_specs` keeps them there; this file holds what needs a test of its own. Gradients are in
+test_grad_classes.py. Classes of other ops (merging, caches, paging) come with those ops.
 """
 
 from __future__ import annotations

@@ -10,20 +10,10 @@ import pytest
 
 import heed
 from conftest import FACES, Face, face_of
-from expected import expected
+from expected import expected, expected_of_varlen, expected_varlen
 from heed import reference
 from specs import DTYPES, AttentionSpec, make_inputs
-from varlen_specs import (
-    UNEVEN,
-    UNEVEN_KV,
-    VARLEN,
-    VARLEN_BY_NAME,
-    VarlenSpec,
-    expected_of_varlen,
-    expected_varlen,
-    make_varlen_inputs,
-    used_rows,
-)
+from varlen_specs import UNEVEN, UNEVEN_KV, VARLEN, VARLEN_BY_NAME, VarlenSpec, make_varlen_inputs, used_rows
 
 flash_mha_varlen: Any = heed.flash_mha_varlen  # mypy would match unpacked options with every parameter
 

@@ -9,8 +9,6 @@ import json
 import os
 import subprocess
 import sys
-import types
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +22,9 @@ import gpu_contenders  # noqa: E402
 import gpu_jax  # noqa: E402
 import gpu_jit  # noqa: E402
 import gpu_report  # noqa: E402
+import gpu_run  # noqa: E402
 import gpu_timing  # noqa: E402
+from gpu_bench_fakes import TimedClock, failing_maker, fake_maker  # noqa: E402
 from gpu_contenders import Row  # noqa: E402
 from packed import PackedRow  # noqa: E402
 
@@ -63,38 +63,6 @@ def test_the_rows_cover_what_the_targets_speak_of() -> None:
 # A whole run, on made-up times.
 
 
-class FakeOut:
-    device = types.SimpleNamespace(type="cpu")
-
-
-def fake_maker(seconds: float) -> Callable[..., Callable[[], Any]]:
-    """A contender that takes so long by TimedClock."""
-
-    def make(*_: Any) -> Callable[[], Any]:
-        def run() -> Any:
-            return FakeOut()
-
-        run.seconds = seconds  # type: ignore[attr-defined]
-        return run
-
-    return make
-
-
-def failing_maker(*_: Any) -> Callable[[], Any]:
-    def run() -> Any:
-        raise RuntimeError("No available kernel.\nAborting execution.")
-
-    return run
-
-
-class TimedClock:
-    def block(self, run: Any, launches: int) -> list[float]:
-        return [run.seconds] * launches
-
-    def idle(self, seconds: float) -> None:
-        pass
-
-
 @pytest.fixture
 def content(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, Any]:
     """A run whose heed takes 1 ms, FA2 0.95 ms at D 256 and 2 ms elsewhere, and whose cuDNN fails at D 256."""
@@ -111,7 +79,7 @@ def content(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, Any]:
     packed = iter([1.1e-3, 1e-3, 1.2e-3, 1e-3])
     monkeypatch.setattr(gpu_contenders, "heed_packed_call", lambda *_: fake_maker(next(packed))())
     monkeypatch.setattr(gpu_contenders, "fa2_packed_call", failing_maker)
-    run = bench.Run(tmp_path, budget_s=1000)
+    run = gpu_run.Run(bench.NAME, tmp_path, budget_s=1000)
     run.content["ceilings"] = {"matmul_tflops": 397.5, "copy_tb_per_s": 4.0}
     for row in gpu_contenders.dense_rows(is_quick=False):
         run.add("rows", row.label, lambda row=row: bench.measure_dense(row, TimedClock(), 3))
@@ -177,13 +145,13 @@ def test_nothing_measured_meets_nothing() -> None:
 
 
 def test_a_wrong_or_absent_heed_fails_the_run(content: dict[str, Any], tmp_path: Path, capsys: Any) -> None:
-    assert bench.finish(content, tmp_path) == 0
+    assert gpu_run.finish(content, tmp_path, bench.NAME, gpu_report.FORWARD) == 0
     content["rows"][0]["wrong"] = "out: |x - oracle| is 1"
-    assert bench.finish(content, tmp_path) == 1
+    assert gpu_run.finish(content, tmp_path, bench.NAME, gpu_report.FORWARD) == 1
     assert "WRONG RESULT: out: |x - oracle| is 1" in capsys.readouterr().out
     content["rows"][0]["wrong"] = None
     content["rows"][0]["absent"]["heed"] = "UnsupportedError: no kernel"
-    assert bench.finish(content, tmp_path) == 1
+    assert gpu_run.finish(content, tmp_path, bench.NAME, gpu_report.FORWARD) == 1
 
 
 def test_the_readme_block(content: dict[str, Any]) -> None:
@@ -194,22 +162,22 @@ def test_the_readme_block(content: dict[str, Any]) -> None:
     assert "| D 128, 16 heads, S 512 full " in block and "| 2.00 " in block
     assert "Missed: causal window 1024 at 16384: time / full causal, S 16384 causal, hot: 0.2 (<= 0.15);" in block
     readme = (ROOT / "README.md").read_text()
-    written = gpu_report.rewritten_readme(readme, block)
-    assert gpu_report.rewritten_readme(written, block) == written
+    written = gpu_report.rewritten_readme(readme, block, bench.NAME)
+    assert gpu_report.rewritten_readme(written, block, bench.NAME) == written
     assert block in written and written.endswith(readme[-500:])
     with pytest.raises(ValueError, match="markers"):
-        gpu_report.rewritten_readme("no markers", block)
+        gpu_report.rewritten_readme("no markers", block, bench.NAME)
 
 
 def test_the_plot_is_drawn(content: dict[str, Any], tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    assert gpu_report.plot(content, tmp_path / "x.png")
+    assert gpu_report.plot(content, tmp_path / "x.png", "Forward")
     assert (tmp_path / "x.png").stat().st_size > 10_000
-    assert not gpu_report.plot({"rows": []}, tmp_path / "y.png")
+    assert not gpu_report.plot({"rows": []}, tmp_path / "y.png", "Forward")
 
 
 def test_a_run_out_of_time_skips_and_says_so(tmp_path: Path) -> None:
-    run = bench.Run(tmp_path, budget_s=-1)
+    run = gpu_run.Run(bench.NAME, tmp_path, budget_s=-1)
     run.add("rows", "a row", lambda: pytest.fail("must not be measured"))
     assert run.content["skipped"] == ["a row"]
 
@@ -217,15 +185,15 @@ def test_a_run_out_of_time_skips_and_says_so(tmp_path: Path) -> None:
 def test_time_is_kept_for_the_parts_that_come_last(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     given: list[float] = []
 
-    def run_child(part: str, is_quick: bool, rounds: int, timeout_s: float) -> tuple[dict[str, Any], str | None]:
+    def run_child(part: str, arguments: list[str], timeout_s: float) -> tuple[dict[str, Any], str | None]:
         given.append(timeout_s)
         return {"rows": [part]}, None
 
-    monkeypatch.setattr(bench, "run_child", run_child)
-    run = bench.Run(tmp_path, budget_s=100, num_children=2)
+    monkeypatch.setattr(gpu_run, "run_child", run_child)
+    run = gpu_run.Run(bench.NAME, tmp_path, budget_s=100, num_children=2)
     run.add("rows", "a row", lambda: pytest.fail("must not be measured"))
     for part in ("jit", "jax"):
-        run.add_child(part, False, 1)
+        run.add_child(part, gpu_run.child_arguments(False, 1))
     assert 55 <= given[0] < 56 and 99 < given[1] <= 100
     assert run.content["skipped"] == ["a row"] and run.content["jax"] == {"rows": ["jax"]}
 
@@ -234,17 +202,16 @@ def test_an_error_in_a_row_is_reported_and_the_rest_runs(tmp_path: Path) -> None
     def fail() -> dict[str, Any]:
         raise RuntimeError("out of memory\nmore")
 
-    run = bench.Run(tmp_path, budget_s=100)
+    run = gpu_run.Run(bench.NAME, tmp_path, budget_s=100)
     run.add("rows", "a row", fail)
     assert run.content["failed"] == {"a row": "RuntimeError: out of memory"}
 
 
-def test_a_child_that_fails_leaves_its_words(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(bench, "__file__", str(tmp_path / "x.py"))
+def test_a_child_that_fails_leaves_its_words(tmp_path: Path) -> None:
     (tmp_path / "gpu_part.py").write_text(
         "import pathlib, sys\npathlib.Path(sys.argv[1]).write_text('{\"a\": 1}')\nsys.exit('no such device')\n"
     )
-    result, failure = bench.run_child("part", False, 1, 60.0)
+    result, failure = gpu_run.run_child("part", ["--rounds", "1"], 60.0, folder=tmp_path)
     assert result == {"a": 1}
     assert failure is not None and "no such device" in failure and "status 1" in failure
 
@@ -361,8 +328,8 @@ def test_right_results_pass_and_wrong_ones_do_not(row: Row) -> None:
     torch = pytest.importorskip("torch")
     x = gpu_contenders.make_inputs(row, "cpu")
     assert x.q.shape == (2, 96, 4, 32) and x.k.shape == (2, 96, row.kv_heads, 32)
-    callers, absent, out = bench.working(
-        {name: bench._maker(make, row, x) for name, make in gpu_contenders.CONTENDERS[row.group].items()}
+    callers, absent, out = gpu_run.working(
+        {name: gpu_run.maker(make, row, x) for name, make in gpu_contenders.CONTENDERS[row.group].items()}
     )
     assert "heed" in callers and "cudnn" not in callers
     assert all(name in callers or absent[name] for name in gpu_contenders.CONTENDERS[row.group])

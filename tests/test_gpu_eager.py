@@ -316,12 +316,10 @@ def test_wrong_arguments_are_refused(torch: Any) -> None:
         flash_mha(q, k.cpu(), v)
     with pytest.raises(TypeError, match="q: got dtype float64"):
         flash_mha(q.double(), k.double(), v.double())
-    with pytest.raises(TypeError, match="q: got a tensor that requires grad"):
-        flash_mha(q.requires_grad_(True), k, v)
     with pytest.raises(heed.UnsupportedError, match=r"cpu_attention_fwd: runs on the CPU only"):
-        flash_mha(q.detach(), k, v, backend="cpu")
+        flash_mha(q, k, v, backend="cpu")
     with pytest.raises(TypeError, match="arrays of different kinds"):
-        flash_mha(q.detach(), from_torch(k), v)
+        flash_mha(q, from_torch(k), v)
 
 
 def test_an_array_of_a_library_that_cannot_allocate_is_refused(torch: Any) -> None:

@@ -138,3 +138,7 @@ def test_the_host_clock_times_blocks_to_the_last_result(monkeypatch: pytest.Monk
         pending.clear()
 
     assert gpu_timing.WallClock(wait).block(lambda: pending.append(2e-3), 4) == pytest.approx([2e-3])
+
+
+def test_nobody_to_time_ends_at_once() -> None:
+    assert gpu_timing.measure({}, FakeClock(), "hot", rounds=2) == {}

@@ -391,7 +391,8 @@ def test_cache_clear_takes_no_folder(environment: dict[str, str], tmp_path: Path
 
 @pytest.mark.parametrize("device", [-1, 64, 2**32])
 def test_devices_that_cannot_be_are_value_errors(device: int) -> None:
-    calls = {"cuda_target": (), "jit_load": ("probe Probe<64>",), "attention_fwd_load": ("",)}
+    calls = {"cuda_target": (), "jit_load": ("probe Probe<64>",)}
+    calls |= {"attention_fwd_load": ("",), "attention_bwd_load": ("",)}
     for name, arguments in calls.items():
         with pytest.raises(ValueError, match=f"got CUDA device {device}, expected one from 0 to 63"):
             function(name)(*arguments, device)

@@ -6,14 +6,11 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import zlib
 from typing import Any
 
 import numpy as np
 
-from expected import Expected
-from heed import reference
 from specs import DTYPES, AttentionInputs
 
 
@@ -97,6 +94,19 @@ def make_varlen_inputs(spec: VarlenSpec, seed: int = 0) -> AttentionInputs:
     return AttentionInputs(q.astype(dtype), k.astype(dtype), v.astype(dtype), arrays)
 
 
+def make_varlen_cotangents(spec: VarlenSpec, seed: int = 0) -> tuple[np.ndarray, np.ndarray | None]:
+    """dout and, for about half of the specs, dlse; NaN in rows that belong to no sequence."""
+    inputs = make_varlen_inputs(spec, seed)
+    cu_q, cu_k = inputs.arrays["cu_seqlens_q"], inputs.arrays.get("cu_seqlens_k", inputs.arrays["cu_seqlens_q"])
+    key = zlib.crc32(spec.name.encode())
+    rng = np.random.default_rng([seed, key, 1])
+    dout = rng.standard_normal((*inputs.q.shape[:2], spec.head_dim_v)).astype(spec.np_dtype)
+    dlse = rng.standard_normal(dout.shape[1::-1]).astype(np.float32)
+    rows, _ = used_rows(spec, cu_q, cu_k, len(inputs.q), len(inputs.k))
+    dout[~rows], dlse[:, ~rows] = np.nan, np.nan
+    return dout, dlse if key % 2 else None
+
+
 def used_rows(
     spec: VarlenSpec, cu_q: np.ndarray, cu_k: np.ndarray, total_q: int, total_k: int
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -107,21 +117,6 @@ def used_rows(
         end = cu_k[i + 1] if spec.used is None else min(cu_k[i] + spec.used[i], cu_k[i + 1])
         keys[cu_k[i] : end] = True
     return rows, keys
-
-
-def expected_varlen(q: np.ndarray, k: np.ndarray, v: np.ndarray, **options: Any) -> Expected:
-    """The oracle and the yardstick for NumPy inputs; `options` are those of flash_mha_varlen, arrays included."""
-    options = {name: x for name, x in options.items() if not name.startswith("max_seqlen")}
-    out, lse = reference.attention_forward_varlen(q, k, v, **options)
-    naive_out, naive_lse = reference.naive_attention_forward_varlen(q, k, v, **options)
-    return Expected(out, lse, naive_out, naive_lse)
-
-
-@functools.lru_cache(maxsize=4)
-def expected_of_varlen(spec: VarlenSpec, seed: int = 0) -> Expected:
-    """The same for a named spec."""
-    inputs = make_varlen_inputs(spec, seed)
-    return expected_varlen(inputs.q, inputs.k, inputs.v, **spec.static_options(), **inputs.arrays)
 
 
 UNEVEN = (5, 64, 0, 1, 130, 17, 200)

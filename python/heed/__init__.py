@@ -1,7 +1,8 @@
 """heed: attention for JAX, NumPy and anything with DLPack.
 
 `heed.flash_mha` is exact attention with grouped heads, causal and windowed masks, soft caps, sinks, ALiBi and segments;
-`heed.flash_mha_varlen` is the same on packed sequences; `heed.explain` says which kernel a call gets. Importing heed
+`heed.flash_mha_varlen` is the same on packed sequences; both have gradients, through autodiff and as
+`heed.flash_mha_bwd` and `heed.flash_mha_varlen_bwd`; `heed.explain` says which kernel a call gets. Importing heed
 imports neither JAX nor any other framework.
 """
 
@@ -11,6 +12,7 @@ import sys
 from typing import Any
 
 from heed._attention import flash_mha
+from heed._attention_bwd import AttentionGradients, flash_mha_bwd, flash_mha_varlen_bwd
 from heed._attention_varlen import flash_mha_varlen
 from heed._errors import UnsupportedError
 from heed._explain import Explanation, explain
@@ -21,13 +23,16 @@ check_versions()
 __version__ = checked_version()
 
 __all__ = [
+    "AttentionGradients",
     "Explanation",
     "UnsupportedError",
     "__version__",
     "explain",
     "export_checks",
     "flash_mha",
+    "flash_mha_bwd",
     "flash_mha_varlen",
+    "flash_mha_varlen_bwd",
 ]
 
 

@@ -145,12 +145,11 @@ class DLPackOps:
     def view(self, value: Any, name: str = "array") -> Any:
         if self.kind == "numpy":
             return numpy_view(value)
-        if getattr(value, "requires_grad", False):
-            raise TypeError(
-                f"{name}: got a tensor that requires grad, expected value.detach(): heed has no torch autograd"
-            )
-        if self.kind == "torch" and value.is_neg():  # memory that holds the numbers' negatives, which DLPack cannot say
-            value = value.resolve_neg()
+        if self.kind == "torch":
+            if value.requires_grad:  # autograd has its own path, which this is a part of
+                value = value.detach()
+            if value.is_neg():  # memory that holds the numbers' negatives, which DLPack cannot say
+                value = value.resolve_neg()
         try:
             return tvm_ffi.from_dlpack(_cupy_capsule(value) if self.kind == "cupy" else value)
         except (BufferError, RuntimeError, TypeError, ValueError) as error:
@@ -178,6 +177,13 @@ class DLPackOps:
                 "__array_namespace__: heed allocates outputs with the library of its inputs"
             )
         return np.empty(shape, self.like.dtype if is_same and self.kind == "numpy" else dtype)
+
+    def sum_over_first(self, value: Any) -> Any:
+        """The sum over the first axis, where and in whose order everything of this call happens."""
+        if self.kind != "cupy" or isinstance(value, np.ndarray):
+            return value.sum(0) if hasattr(value, "sum") else np.from_dlpack(value).sum(0)
+        with self.like.device:
+            return value.sum(0)
 
     def view_out(self, value: Any) -> Any:
         return numpy_view(value) if isinstance(value, np.ndarray) else self.view(value, "out")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import sys
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from heed._arrays import DLPackOps, common_kind
@@ -63,7 +65,8 @@ def flash_mha(
         causal_align: which corner the diagonal of causal masks, windows and ALiBi ends in: "bottom_right" (query i sits
             at key `i + kv_len - q_len`, as in FlashAttention from 2.1 on) or "top_left" (at key i).
         return_lse: also return the log-sum-exp of the scores.
-        deterministic: results are bitwise reproducible, or the call raises. Every kernel of this version always is.
+        deterministic: results and gradients are bitwise reproducible, or the call raises. Only gradients on a GPU are
+            not in any case (see `flash_mha_bwd`).
         backend: None chooses; "cpu", "sm80" or "sm90" forces a kernel family.
 
     Returns:
@@ -76,13 +79,16 @@ def flash_mha(
         NumPy arrays, PyTorch tensors give PyTorch tensors. Kinds do not mix, but NumPy operands beside JAX ones count
         as JAX arrays.
 
+        out and lse are differentiable with respect to q, k, v, sinks and alibi_slopes, by `jax.grad` and by PyTorch's
+        autograd; `flash_mha_bwd` is the same as a function, for everyone else.
+
     Raises:
         ValueError: a shape or value is wrong; a token axis is sharded. The message names it, got and expected. (Where
             only XLA's propagation finds the sharded axis, JAX raises its own error around that message.)
         TypeError: a dtype or kind of array is wrong, or a traced value stands where a static one is needed.
         UnsupportedError: no kernel serves the call where it would run; `.reasons` has each candidate's reason.
         RuntimeError: on a GPU: no driver, no compiler for a kernel that is not there yet, or what CUDA reports.
-        NotImplementedError: under `jax.grad`: this version has no gradients yet.
+        NotImplementedError: its gradients are differentiated again.
     """
     statics = attention_statics(
         softmax_scale=softmax_scale,
@@ -100,16 +106,31 @@ def flash_mha(
 
 def attend(function_name: str, statics: AttentionStatics, operands: Operands) -> Any:
     """Runs attention on arrays of any one kind, or stages it if they are traced."""
-    for name, value in zip(OPERAND_NAMES[:3], operands[:3], strict=True):
-        if value is None:
-            raise TypeError(f"{name}: got None, expected an array")
+    require_operands(dict(zip(OPERAND_NAMES, operands, strict=True)))
     kind = common_kind(OPERAND_NAMES, operands)
     if kind == "jax":
         require_rank(function_name, operands[0].shape)
         from heed import _jax_attention
 
         return _jax_attention.attention(statics, operands)
-    return _run_eagerly(kind, function_name, statics, operands)
+    if kind == "torch" and torch_wants_grad(operands):
+        from heed import _torch
+
+        return _torch.attention(function_name, statics, operands)
+    results = run_eagerly(kind, function_name, statics, operands)
+    return results if statics.return_lse else results[0]
+
+
+def require_operands(given: Mapping[str, Any]) -> None:
+    """Raises TypeError if an operand that has no default is None."""
+    for name in ("q", "k", "v", "out", "lse", "dout"):
+        if name in given and given[name] is None:
+            raise TypeError(f"{name}: got None, expected an array")
+
+
+def torch_wants_grad(operands: Operands) -> bool:
+    """Whether PyTorch is to record what happens to these tensors."""
+    return any(x is not None and x.requires_grad for x in operands) and sys.modules["torch"].is_grad_enabled()
 
 
 def split_segment_ids(segment_ids: Any) -> tuple[Any, Any]:
@@ -135,24 +156,30 @@ def _resolved(
     return text, resolution
 
 
-def _run_eagerly(kind: str, function_name: str, statics: AttentionStatics, operands: Operands) -> Any:
-    """Runs on NumPy arrays or another framework's, at once. Outputs are of the same kind."""
+def run_eagerly(kind: str, function_name: str, statics: AttentionStatics, operands: Operands) -> tuple[Any, ...]:
+    """Runs on NumPy arrays or another framework's, at once. Returns (out,) or (out, lse) of the same kind."""
     ops = DLPackOps(kind, operands[0])
-    first = FIRST_INTEGER_OPERAND
-    if any(x is not None for x in operands[first:]):
-        integers = [
-            None if x is None else ops.to_int32(name, x)
-            for name, x in zip(OPERAND_NAMES[first:], operands[first:], strict=True)
-        ]
-        operands = (*operands[:first], *integers)
-    specs = [
-        None if value is None else ops.spec(name, value) for name, value in zip(OPERAND_NAMES, operands, strict=True)
-    ]
+    operands, specs = eager_operands(ops, OPERAND_NAMES, operands)
     require_rank(function_name, specs[0][1] if specs[0] is not None else ())
-    text, resolution = _resolved(function_name, statics, tuple(specs), ops.target())
+    text, resolution = _resolved(function_name, statics, specs, ops.target())
     outputs = [ops.empty(resolution.out_shape, resolution.out_dtype)]
     if statics.return_lse:
         outputs.append(ops.empty(resolution.lse_shape, "float32"))
     inputs = [ops.view(value, name) for name, value in zip(OPERAND_NAMES, operands, strict=True) if value is not None]
     ops.run("attention_fwd", text, *inputs, *map(ops.view_out, outputs))
-    return tuple(outputs) if statics.return_lse else outputs[0]
+    return tuple(outputs)
+
+
+def eager_operands(
+    ops: DLPackOps, names: Sequence[str], operands: Operands
+) -> tuple[Operands, tuple[Spec | None, ...]]:
+    """The operands with integers as int32, and their dtypes and shapes. `names` begin with OPERAND_NAMES."""
+    first, last = FIRST_INTEGER_OPERAND, len(OPERAND_NAMES)
+    if any(x is not None for x in operands[first:last]):
+        integers = [
+            None if x is None else ops.to_int32(name, x)
+            for name, x in zip(names[first:last], operands[first:last], strict=True)
+        ]
+        operands = (*operands[:first], *integers, *operands[last:])
+    specs = [None if value is None else ops.spec(name, value) for name, value in zip(names, operands, strict=True)]
+    return operands, tuple(specs)

@@ -65,7 +65,8 @@ def flash_mha_varlen(
         causal_align: which corner a sequence's diagonal ends in: "bottom_right" (query i sits at key
             `i + kv_len - q_len`, by the sequence's own lengths, seqused_k included) or "top_left" (at key i).
         return_lse: also return the log-sum-exp of the scores.
-        deterministic: results are bitwise reproducible, or the call raises. Every kernel of this version always is.
+        deterministic: results and gradients are bitwise reproducible, or the call raises. Only gradients on a GPU are
+            not in any case (see `flash_mha_varlen_bwd`).
         backend: None chooses; "cpu", "sm80" or "sm90" forces a kernel family.
 
     Returns:
@@ -76,13 +77,16 @@ def flash_mha_varlen(
         Arrays of JAX, NumPy, PyTorch and other DLPack frameworks give arrays of the same kind. Kinds do not mix, but
         NumPy operands beside JAX ones count as JAX arrays.
 
+        out and lse are differentiable with respect to q, k, v, sinks and alibi_slopes, by `jax.grad` and by PyTorch's
+        autograd; `flash_mha_varlen_bwd` is the same as a function, for everyone else.
+
     Raises:
         ValueError: a shape or value is wrong, or lengths in a NumPy array are negative, decrease, reach beyond q or k,
             or exceed max_seqlen; a token axis or a length operand is sharded. The message names it, got and expected.
         TypeError: a dtype or kind of array is wrong, or a traced value stands where a static one is needed.
         UnsupportedError: no kernel serves the call where it would run; `.reasons` has each candidate's reason.
         RuntimeError: on a GPU: no driver, no compiler for a kernel that is not there yet, or what CUDA reports.
-        NotImplementedError: under `jax.grad`: this version has no gradients yet.
+        NotImplementedError: its gradients are differentiated again.
     """
     statics = attention_statics(
         softmax_scale=softmax_scale,
@@ -98,7 +102,7 @@ def flash_mha_varlen(
     )
     operands = (q, k, v, sinks, alibi_slopes, None, None, cu_seqlens_q, cu_seqlens_k, seqused_k)
     require_cu_seqlens(cu_seqlens_q)
-    _check_lengths(statics, operands)
+    check_lengths(statics, operands)
     return attend("flash_mha_varlen", statics, operands)
 
 
@@ -107,7 +111,7 @@ def require_cu_seqlens(cu_seqlens_q: Any) -> None:
         raise TypeError("cu_seqlens_q: got None, expected an integer array [batch + 1]")
 
 
-def _check_lengths(statics: AttentionStatics, operands: Operands) -> None:
+def check_lengths(statics: AttentionStatics, operands: Operands) -> None:
     """Checks the values of lengths in NumPy arrays. Wrong shapes and dtypes are left to the checks that follow."""
     q, k = operands[:2]
     cu_q, cu_k, seqused_k = (x if _is_lengths(x) else None for x in operands[-3:])

@@ -10,6 +10,7 @@ from typing import Any
 
 from heed import _lib
 from heed._attention import flash_mha
+from heed._attention_bwd import flash_mha_bwd, flash_mha_varlen_bwd
 from heed._attention_varlen import flash_mha_varlen
 from heed._explain import Explanation, explain
 
@@ -117,20 +118,34 @@ def _describe(dtype: str, **shapes: tuple[int, ...]) -> dict[str, Any]:
     return {name: SimpleNamespace(shape=shape, dtype=dtype) for name, shape in shapes.items()}
 
 
-def _typical_calls() -> list[tuple[str, Callable[..., Explanation]]]:
+def _typical_calls() -> list[tuple[str, list[Callable[..., Explanation]]]]:
+    """What is called, and how to ask about it and its gradients."""
     prompt = _describe("bfloat16", q=(1, 4096, 32, 128), k=(1, 4096, 8, 128), v=(1, 4096, 8, 128))
     image = _describe("float32", q=(8, 1024, 16, 64), k=(8, 1024, 16, 64), v=(8, 1024, 16, 64))
     packed = _describe("float16", q=(8192, 16, 64), k=(8192, 16, 64), v=(8192, 16, 64))
     lengths = _describe("int32", cu_seqlens_q=(17,))
+
+    def both(forward: Any, backward: Any, shapes: dict[str, Any], **rest: Any) -> list[Callable[..., Explanation]]:
+        q = shapes["q"]
+        given = {"dout": q, "out": q} | _describe("float32", lse=(*q.shape[:-3], q.shape[-2], q.shape[-3]))
+        return [
+            functools.partial(explain, forward, **shapes, **rest),
+            functools.partial(explain, backward, **shapes, **given, **rest),
+        ]
+
     return [
-        ("causal, bfloat16 [1, 4096, 32 over 8, 128]", functools.partial(explain, flash_mha, **prompt, is_causal=True)),
-        ("full, float32 [8, 1024, 16, 64]", functools.partial(explain, flash_mha, **image)),
-        ("varlen, float16 [8192, 16, 64] in 16", functools.partial(explain, flash_mha_varlen, **packed, **lengths)),
+        ("causal, bfloat16 [1, 4096, 32 over 8, 128]", both(flash_mha, flash_mha_bwd, prompt, is_causal=True)),
+        ("full, float32 [8, 1024, 16, 64]", both(flash_mha, flash_mha_bwd, image)),
+        ("varlen, float16 [8192, 16, 64] in 16", both(flash_mha_varlen, flash_mha_varlen_bwd, packed, **lengths)),
     ]
 
 
 def _call_rows(target: str) -> Rows:
-    for what, call in _typical_calls():
-        explanation = call(target=target)
-        reasons = "; ".join(f"{name}: {reason}" for name, reason in explanation.reasons.items())
-        yield f"on {target}", f"{what}: {explanation.chosen or f'no kernel ({reasons})'}"
+    for what, calls in _typical_calls():
+        found = [call(target=target) for call in calls]
+        yield f"on {target}", f"{what}: {', '.join(_kernel(explanation) for explanation in found)}"
+
+
+def _kernel(explanation: Explanation) -> str:
+    reasons = "; ".join(f"{name}: {reason}" for name, reason in explanation.reasons.items())
+    return explanation.chosen or f"no kernel ({reasons})"

@@ -9,19 +9,27 @@ from dataclasses import dataclass
 from typing import Any
 
 from heed._arrays import DLPackOps, common_kind, is_jax, kind_of
-from heed._attention import Operands, flash_mha, split_segment_ids
+from heed._attention import Operands, flash_mha, require_operands, split_segment_ids
+from heed._attention_bwd import flash_mha_bwd, flash_mha_varlen_bwd
 from heed._attention_varlen import flash_mha_varlen, require_cu_seqlens
 from heed._lib import function as library_function
 from heed._problem import (
+    BWD_OPERAND_NAMES,
     FIRST_INTEGER_OPERAND,
     OPERAND_NAMES,
     Candidate,
     Spec,
+    attention_bwd_text,
     attention_statics,
     attention_text,
     require_rank,
     resolve_attention,
+    resolve_attention_bwd,
 )
+
+_FORWARD = (flash_mha, flash_mha_varlen)
+_BACKWARD = (flash_mha_bwd, flash_mha_varlen_bwd)
+_INTEGERS = OPERAND_NAMES[FIRST_INTEGER_OPERAND:]
 
 
 @dataclass(frozen=True)
@@ -118,7 +126,8 @@ def explain(function: Callable[..., Any], /, *args: Any, target: str | None = No
     """Says which kernel a call of `function` would get and why each other candidate declined, without running it.
 
     Args:
-        function: a function of heed's: `heed.flash_mha` or `heed.flash_mha_varlen`.
+        function: a function of heed's: `heed.flash_mha`, `heed.flash_mha_varlen`, or the gradients of either,
+            `heed.flash_mha_bwd` and `heed.flash_mha_varlen_bwd`.
         *args, **kwargs: the call's arguments. Arrays may be `jax.ShapeDtypeStruct` or anything with shape and dtype.
         target: "cpu", or an architecture such as "sm_80" or "sm_90a", which need not be present. None: where the call
             would run.
@@ -126,25 +135,25 @@ def explain(function: Callable[..., Any], /, *args: Any, target: str | None = No
     Raises:
         ValueError, TypeError: the arguments are wrong in a way that the call itself would refuse too.
     """
-    if function not in (flash_mha, flash_mha_varlen):
-        raise TypeError(
-            f"explain: got {function!r}, expected a function of heed's: heed.flash_mha or heed.flash_mha_varlen"
-        )
+    if function not in _FORWARD + _BACKWARD:
+        *known, last = (f"heed.{one.__name__}" for one in _FORWARD + _BACKWARD)
+        raise TypeError(f"explain: got {function!r}, expected a function of heed's: {', '.join(known)} or {last}")
     bound = inspect.signature(function).bind(*args, **kwargs)
     bound.apply_defaults()
-    operands, options = _split_arguments(dict(bound.arguments))
-    name = function.__name__
+    is_forward = function in _FORWARD
+    names = OPERAND_NAMES if is_forward else BWD_OPERAND_NAMES
+    operands, options = _split_arguments(names, dict(bound.arguments))
     specs = [
-        None if x is None else (_integer_spec if i >= FIRST_INTEGER_OPERAND else _spec)(OPERAND_NAMES[i], x)
-        for i, x in enumerate(operands)
+        None if x is None else (_integer_spec if name in _INTEGERS else _spec)(name, x)
+        for name, x in zip(names, operands, strict=True)
     ]
-    statics = attention_statics(**options)
-    require_rank(name, specs[0][1] if specs[0] is not None else ())
-    text = attention_text(statics, specs)
-    where = target if target is not None else _default_target(OPERAND_NAMES, operands)
-    resolution = resolve_attention(text, where)
+    statics = attention_statics(**({"return_lse": False} | options))
+    require_rank(function.__name__, specs[0][1] if specs[0] is not None else ())
+    where = target if target is not None else _default_target(names, operands)
+    text = (attention_text if is_forward else attention_bwd_text)(statics, specs)
+    resolution = (resolve_attention if is_forward else resolve_attention_bwd)(text, where)
     return Explanation(
-        function=name,
+        function=function.__name__,
         target=where,
         problem=text,
         chosen=resolution.chosen,
@@ -153,13 +162,11 @@ def explain(function: Callable[..., Any], /, *args: Any, target: str | None = No
     )
 
 
-def _split_arguments(given: dict[str, Any]) -> tuple[Operands, dict[str, Any]]:
-    """A call's operands in the order of OPERAND_NAMES, and its other arguments."""
-    for name in OPERAND_NAMES[:3]:
-        if given[name] is None:
-            raise TypeError(f"{name}: got None, expected an array")
+def _split_arguments(names: Sequence[str], given: dict[str, Any]) -> tuple[Operands, dict[str, Any]]:
+    """A call's operands in the order of `names`, and its other arguments."""
+    require_operands(given)
     if "cu_seqlens_q" in given:
         require_cu_seqlens(given["cu_seqlens_q"])
     ids = split_segment_ids(given.pop("segment_ids", None))
     given["q_segment_ids"], given["kv_segment_ids"] = ids
-    return tuple(given.pop(name, None) for name in OPERAND_NAMES), given
+    return tuple(given.pop(name, None) for name in names), given

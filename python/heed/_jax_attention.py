@@ -4,6 +4,7 @@
 # JAX leaves parts of its API untyped.
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Sequence
 from typing import Any
@@ -17,20 +18,19 @@ import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 
 from heed._arrays import numpy_to_int32  # noqa: E402
-from heed._jax import axes, ffi_target, partition  # noqa: E402
-from heed._jax.primitive import attention_fwd_p, check_placement, compiled  # noqa: E402
+from heed._jax import ffi_target, partition, vjp  # noqa: E402
+from heed._jax.ops import ATTENTION_BWD, ATTENTION_FWD, OPS, Op  # noqa: E402
+from heed._jax.primitive import check_placement, compiled  # noqa: E402
 from heed._problem import (  # noqa: E402
     FIRST_INTEGER_OPERAND,
+    GRADIENT_NAMES,
     OPERAND_NAMES,
     AttentionStatics,
-    Spec,
-    attention_text,
     function_of,
     require_kernel,
-    resolve_attention,
 )
 
-__all__ = ["attention", "export_checks", "register_targets"]
+__all__ = ["attention", "attention_bwd", "export_checks", "register_targets"]
 
 
 def register_targets() -> None:
@@ -45,17 +45,24 @@ def export_checks() -> list[Any]:
     The process that runs such a program needs heed's targets as well: this call registers them there.
     """
     register_targets()
-    return [jax.export.DisabledSafetyCheck.custom_call(ffi_target.TARGET_NAME)]
+    return [jax.export.DisabledSafetyCheck.custom_call(op.target_name) for op in OPS]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Described:
+    dtype: str
+    shape: tuple[int, ...]
 
 
 @functools.lru_cache(maxsize=4096)
-def _validated(statics: AttentionStatics, operands: tuple[tuple[Any, tuple[int, ...]] | None, ...]) -> tuple[str, ...]:
+def _validated(
+    op: Op, statics: AttentionStatics, operands: tuple[tuple[Any, tuple[int, ...]] | None, ...]
+) -> tuple[str, ...]:
     """Validates dtypes and shapes, once for each. Returns the names of the operands that are present."""
-    specs: list[Spec | None] = [None if x is None else (x[0].name, x[1]) for x in operands]
-    text = attention_text(statics, specs)
-    resolution = resolve_attention(text, "cpu")  # raises on what is wrong, whoever serves it
-    present = axes.present_operands([x is not None for x in operands])
-    if statics.backend is not None and resolve_attention(text, "cuda").chosen is None:
+    present = op.present(operands)
+    text = op.text(statics, present, [_Described(x[0].name, x[1]) for x in operands if x is not None])
+    resolution = op.resolve(text, "cpu")  # raises on what is wrong, whoever serves it
+    if statics.backend is not None and op.resolve(text, "cuda").chosen is None:
         require_kernel(resolution, function_of(present), "cpu")  # served on no platform: no need to wait
     return present
 
@@ -84,19 +91,39 @@ def _to_int32(name: str, x: Any) -> Any:
     return x.astype(jnp.int32)
 
 
-def attention(statics: AttentionStatics, operands: Sequence[Any]) -> Any:
-    """Attention on JAX values; `operands` follow `OPERAND_NAMES`, absent ones are None. Returns out or (out, lse)."""
-    first = FIRST_INTEGER_OPERAND
-    operands = (*operands[:first], *map(_to_int32, OPERAND_NAMES[first:], operands[first:]))
-    present = _validated(statics, tuple([None if x is None else (x.dtype, x.shape) for x in operands]))
+def _prepare(op: Op, statics: AttentionStatics, operands: Sequence[Any]) -> tuple[tuple[str, ...], list[Any], bool]:
+    """The operands that are there: their names, their values, and whether any of these is traced."""
+    first, last = FIRST_INTEGER_OPERAND, len(OPERAND_NAMES)
+    integers = map(_to_int32, OPERAND_NAMES[first:], operands[first:last])
+    operands = (*operands[:first], *integers, *operands[last:])
+    present = _validated(op, statics, tuple([None if x is None else (x.dtype, x.shape) for x in operands]))
     arrays = [x for x in operands if x is not None]
     if any(isinstance(x, jax.core.Tracer) for x in arrays):
-        values = _same_varying_axes([jnp.asarray(x) if isinstance(x, np.ndarray) else x for x in arrays])
-        results = attention_fwd_p.bind(*values, statics=statics, operands=present)
+        arrays = [jnp.asarray(x) if isinstance(x, np.ndarray) else x for x in arrays]
+        # Outside of the differentiable function, so that gradients are summed over the axes that are added here.
+        return present, _same_varying_axes(arrays), True
+    check_placement(present, arrays)
+    return present, arrays, False
+
+
+def attention(statics: AttentionStatics, operands: Sequence[Any]) -> Any:
+    """Attention on JAX values; `operands` follow `OPERAND_NAMES`, absent ones are None. Returns out or (out, lse)."""
+    present, arrays, is_traced = _prepare(ATTENTION_FWD, statics, operands)
+    if is_traced:
+        results = vjp.attention(statics, present, tuple(arrays))
     else:
-        check_placement(present, arrays)
-        results = compiled(statics, present)(*arrays)
+        results = compiled(ATTENTION_FWD, statics, present)(*arrays)
     return tuple(results) if statics.return_lse else results[0]
+
+
+def attention_bwd(statics: AttentionStatics, operands: Sequence[Any]) -> tuple[Any | None, ...]:
+    """The gradients of attention on JAX values; `operands` follow `BWD_OPERAND_NAMES`, absent ones are None.
+
+    Returns one for each of `GRADIENT_NAMES`, None where its operand is absent.
+    """
+    present, arrays, _ = _prepare(ATTENTION_BWD, statics, operands)
+    gradients = vjp.attention_bwd(statics, present, arrays)
+    return tuple(gradients.get(name.removeprefix("d")) for name in GRADIENT_NAMES)
 
 
 register_targets()

@@ -18,6 +18,10 @@ OPERAND_NAMES = (
     "q_segment_ids", "kv_segment_ids", "cu_seqlens_q", "cu_seqlens_k", "seqused_k",
 )  # fmt: skip
 FIRST_INTEGER_OPERAND = 5  # from here on operands are int32: ids and lengths
+COTANGENT_NAMES = ("out", "lse", "dout", "dlse")
+BWD_OPERAND_NAMES = OPERAND_NAMES + COTANGENT_NAMES
+GRADIENT_NAMES = ("dq", "dk", "dv", "dsinks", "dalibi_slopes")
+"""Of the first five operands, in their order: what the backward pass returns, the last two where those are given."""
 BACKENDS = ("cpu", "sm80", "sm90")
 CAUSAL_ALIGNS = ("bottom_right", "top_left")
 
@@ -61,6 +65,21 @@ class Resolution:
     out_shape: tuple[int, ...]
     lse_shape: tuple[int, ...]
     out_dtype: str
+    chosen: str | None
+    workspace_bytes: int
+    candidates: tuple[Candidate, ...]
+
+
+@dataclass(frozen=True)
+class BwdResolution:
+    """What the backward pass of a valid problem returns, and which kernel serves it.
+
+    Attributes:
+        results: dtype and shape of each result: dq, dk, dv, then dsinks and dalibi_slopes where those operands are
+            there (float32, one per batch row), then the workspace (float32, private to the kernel).
+    """
+
+    results: tuple[Spec, ...]
     chosen: str | None
     workspace_bytes: int
     candidates: tuple[Candidate, ...]
@@ -149,15 +168,10 @@ def _shape_text(name: str, shape: Sequence[Any]) -> str:
     return ",".join(str(int(size)) for size in shape)
 
 
-_Q_AXES = {
-    "flash_mha": "[batch, q_len, num_q_heads, head_dim]",
-    "flash_mha_varlen": "[total_q, num_q_heads, head_dim]",
-}
-
-
 def require_rank(function_name: str, shape: Sequence[Any]) -> None:
     """The native library takes further leading axes (they come from `vmap`); the public functions do not."""
-    axes = _Q_AXES[function_name]
+    is_varlen = "varlen" in function_name
+    axes = "[total_q, num_q_heads, head_dim]" if is_varlen else "[batch, q_len, num_q_heads, head_dim]"
     rank = axes.count(",") + 1
     if len(shape) > rank:
         raise ValueError(
@@ -166,22 +180,39 @@ def require_rank(function_name: str, shape: Sequence[Any]) -> None:
         )
 
 
-def attention_text(statics: AttentionStatics, specs: Sequence[Spec | None]) -> str:
-    """The problem's text (its schema is in `src/core/problem.h`); `specs` follow `OPERAND_NAMES`."""
-    operands = "".join(
+def _operands_text(names: Sequence[str], specs: Sequence[Spec | None]) -> str:
+    return "".join(
         f";{name}={spec[0]}[{_shape_text(name, spec[1])}]"
-        for name, spec in zip(OPERAND_NAMES, specs, strict=True)
+        for name, spec in zip(names, specs, strict=True)
         if spec is not None
     )
+
+
+def _options_text(statics: AttentionStatics, is_varlen: bool, lse: str) -> str:
     scale = "default" if statics.softmax_scale is None else statics.softmax_scale.hex()
     left, right = statics.window_size
-    is_varlen = specs[OPERAND_NAMES.index("cu_seqlens_q")] is not None
     max_seqlen = ";max_seqlen={},{}".format(*statics.max_seqlen) if is_varlen else ""
     return (
-        f"attention_fwd.v1{operands};scale={scale};causal={int(statics.is_causal)};align={statics.causal_align}"
-        f";window={left},{right}{max_seqlen};softcap={statics.softcap.hex()};lse={int(statics.return_lse)}"
+        f";scale={scale};causal={int(statics.is_causal)};align={statics.causal_align}"
+        f";window={left},{right}{max_seqlen};softcap={statics.softcap.hex()}{lse}"
         f";deterministic={int(statics.deterministic)};backend={statics.backend or 'auto'}"
     )
+
+
+def _is_varlen(specs: Sequence[Spec | None]) -> bool:
+    return specs[OPERAND_NAMES.index("cu_seqlens_q")] is not None
+
+
+def attention_text(statics: AttentionStatics, specs: Sequence[Spec | None]) -> str:
+    """The problem's text (its schema is in `src/core/problem.h`); `specs` follow `OPERAND_NAMES`."""
+    options = _options_text(statics, _is_varlen(specs), f";lse={int(statics.return_lse)}")
+    return "attention_fwd.v1" + _operands_text(OPERAND_NAMES, specs) + options
+
+
+def attention_bwd_text(statics: AttentionStatics, specs: Sequence[Spec | None]) -> str:
+    """The backward problem's text (`src/core/attention_bwd_problem.h`); `specs` follow `BWD_OPERAND_NAMES`."""
+    options = _options_text(statics, _is_varlen(specs), "")
+    return "attention_bwd.v1" + _operands_text(BWD_OPERAND_NAMES, specs) + options
 
 
 @functools.lru_cache(maxsize=4096)
@@ -191,10 +222,7 @@ def resolve_attention(text: str, target: str) -> Resolution:
     Raises:
         ValueError, TypeError: an argument is wrong; the message names it, what it got and what was expected.
     """
-    try:
-        found = function("attention_fwd_resolve")(text, target)
-    except (ValueError, TypeError) as error:
-        raise type(error)(str(error)) from None  # without the native frames
+    found = _resolve("attention_fwd_resolve", text, target)
     return Resolution(
         out_shape=tuple(found["out_shape"]),
         lse_shape=tuple(found["lse_shape"]),
@@ -205,7 +233,26 @@ def resolve_attention(text: str, target: str) -> Resolution:
     )
 
 
-def require_kernel(resolution: Resolution, what: str, target: str) -> None:
+@functools.lru_cache(maxsize=4096)
+def resolve_attention_bwd(text: str, target: str) -> BwdResolution:
+    """`resolve_attention` of a backward problem (`attention_bwd_text`). Raises the same."""
+    found = _resolve("attention_bwd_resolve", text, target)
+    return BwdResolution(
+        results=tuple((str(dtype), tuple(map(int, shape))) for dtype, shape in found["results"]),
+        chosen=str(found["chosen"]) or None,
+        workspace_bytes=int(found["workspace_bytes"]),
+        candidates=tuple(Candidate(*map(str, row)) for row in found["candidates"]),
+    )
+
+
+def _resolve(export: str, text: str, target: str) -> Any:
+    try:
+        return function(export)(text, target)
+    except (ValueError, TypeError) as error:
+        raise type(error)(str(error)) from None  # without the native frames
+
+
+def require_kernel(resolution: Resolution | BwdResolution, what: str, target: str) -> None:
     """Raises UnsupportedError, with every candidate's reason, if no kernel serves the problem on the target."""
     if resolution.chosen is not None:
         return

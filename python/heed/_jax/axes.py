@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
-from heed._problem import OPERAND_NAMES, function_of
+from heed._problem import function_of
 
 
 @dataclass(frozen=True)
@@ -13,7 +13,7 @@ class Layout:
     """The axes of every tensor of one kind of call.
 
     trailing: axes after the leading ones. Leading axes come from `vmap`, are named lead0, lead1, ..., and may have
-    size 1.
+    size 1 in an operand.
     """
 
     function: str
@@ -42,10 +42,11 @@ class Layout:
         else:
             why = "Scores sum over the whole head dim, and heed never gathers an input silently. "
         instead = "the batch or the heads" if "batch" in self.trailing["q"] else "the heads"
-        return ValueError(
-            f"{what}{why}Shard {instead} instead, or gather on purpose with "
-            "jax.lax.with_sharding_constraint (jax.sharding.reshard under an explicit mesh)."
-        )
+        gather = "gather on purpose with jax.lax.with_sharding_constraint (jax.sharding.reshard under an explicit mesh)"
+        if name in ("dout", "dlse"):
+            result = name.removeprefix("d")
+            gather += f": {name} is the gradient of {result}, and follows a constraint that {result} is put under"
+        return ValueError(f"{what}{why}Shard {instead} instead, or {gather}.")
 
     def refuse_heads(self, num_q_heads: int, num_kv_heads: int, ways: int) -> ValueError:
         return ValueError(
@@ -57,34 +58,47 @@ class Layout:
 
 _LENGTH_AXES = ("boundaries", "sequences")
 
+
+def _with_gradients(forward: dict[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]]:
+    """The tensors of the backward pass too. A gradient looks like what it is one of, but for those of per-head values,
+    which are given for each row of the batch; the workspace is as much memory for each row and head."""
+    per_head = ("batch", "q_heads") if "batch" in forward["q"] else ("q_heads",)
+    gradients = {f"d{name}": forward[name] for name in ("q", "k", "v", "out", "lse")}
+    return forward | gradients | {"dsinks": per_head, "dalibi_slopes": per_head, "workspace": (*per_head, "workspace")}
+
+
 _DENSE = Layout(
     "flash_mha",
-    {
-        "q": ("batch", "q_tokens", "q_heads", "head_dim_qk"),
-        "k": ("batch", "kv_tokens", "kv_heads", "head_dim_qk"),
-        "v": ("batch", "kv_tokens", "kv_heads", "head_dim_v"),
-        "sinks": ("q_heads",),
-        "alibi_slopes": ("q_heads",),
-        "q_segment_ids": ("batch", "q_tokens"),
-        "kv_segment_ids": ("batch", "kv_tokens"),
-        "out": ("batch", "q_tokens", "q_heads", "head_dim_v"),
-        "lse": ("batch", "q_heads", "q_tokens"),
-    },
+    _with_gradients(
+        {
+            "q": ("batch", "q_tokens", "q_heads", "head_dim_qk"),
+            "k": ("batch", "kv_tokens", "kv_heads", "head_dim_qk"),
+            "v": ("batch", "kv_tokens", "kv_heads", "head_dim_v"),
+            "sinks": ("q_heads",),
+            "alibi_slopes": ("q_heads",),
+            "q_segment_ids": ("batch", "q_tokens"),
+            "kv_segment_ids": ("batch", "kv_tokens"),
+            "out": ("batch", "q_tokens", "q_heads", "head_dim_v"),
+            "lse": ("batch", "q_heads", "q_tokens"),
+        }
+    ),
 )
 _VARLEN = Layout(
     "flash_mha_varlen",
-    {
-        "q": ("q_tokens", "q_heads", "head_dim_qk"),
-        "k": ("kv_tokens", "kv_heads", "head_dim_qk"),
-        "v": ("kv_tokens", "kv_heads", "head_dim_v"),
-        "sinks": ("q_heads",),
-        "alibi_slopes": ("q_heads",),
-        "cu_seqlens_q": ("boundaries",),
-        "cu_seqlens_k": ("boundaries",),
-        "seqused_k": ("sequences",),
-        "out": ("q_tokens", "q_heads", "head_dim_v"),
-        "lse": ("q_heads", "q_tokens"),
-    },
+    _with_gradients(
+        {
+            "q": ("q_tokens", "q_heads", "head_dim_qk"),
+            "k": ("kv_tokens", "kv_heads", "head_dim_qk"),
+            "v": ("kv_tokens", "kv_heads", "head_dim_v"),
+            "sinks": ("q_heads",),
+            "alibi_slopes": ("q_heads",),
+            "cu_seqlens_q": ("boundaries",),
+            "cu_seqlens_k": ("boundaries",),
+            "seqused_k": ("sequences",),
+            "out": ("q_tokens", "q_heads", "head_dim_v"),
+            "lse": ("q_heads", "q_tokens"),
+        }
+    ),
 )
 
 
@@ -95,11 +109,8 @@ def layout_of(operands: Collection[str]) -> Layout:
 
 def is_shardable(axis: str) -> bool:
     """Rows of the batch and heads do not interact. Tokens do, and a head's elements are summed over."""
-    return not (axis.endswith("_tokens") or axis.startswith("head_dim") or axis in _LENGTH_AXES)
-
-
-def present_operands(present: Sequence[bool]) -> tuple[str, ...]:
-    return tuple(name for name, is_present in zip(OPERAND_NAMES, present, strict=True) if is_present)
+    is_whole = axis.endswith("_tokens") or axis.startswith("head_dim") or axis in _LENGTH_AXES
+    return not (is_whole or axis == "workspace")
 
 
 def kv_head_shards(num_q_heads: int, num_kv_heads: int, ways: int) -> int | None:

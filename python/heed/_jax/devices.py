@@ -5,12 +5,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 
 from heed._errors import UnsupportedError
+from heed._jax.ops import Op
 from heed._lib import function
-from heed._problem import require_kernel, resolve_attention
+from heed._problem import require_kernel
 
 
 def local_cuda_ordinals() -> list[int]:
@@ -21,34 +23,45 @@ def local_cuda_ordinals() -> list[int]:
         return []
 
 
-def prepare(text: str, platforms: Sequence[str], what: str = "flash_mha") -> None:
+def prepare(op: Op, text: str, platforms: Sequence[str], what: str = "flash_mha") -> tuple[int, ...] | None:
     """Makes the problem's kernels ready on every platform that a program is lowered for.
 
     A problem that some platform cannot serve raises UnsupportedError. On CUDA the kernel is compiled, if need be, and
     loaded on all GPUs of this process that a kernel serves, so that a failure is an error of the call that traces and
     the program only launches. A GPU that none serves, beside others, is reported by XLA when a program is to run there.
     Where there is no GPU (lowering for another machine) all that is left to the process that runs the program.
+
+    Returns the shape of a workspace that is large enough for all of them; None if the op has no workspace.
     """
+    serving: list[Any] = []
     for platform in platforms:
         if platform == "cpu":
-            require_kernel(resolve_attention(text, "cpu"), what, "cpu")
+            serving.append(op.resolve(text, "cpu"))
+            require_kernel(serving[-1], what, "cpu")
         elif platform == "cuda":
-            _prepare_cuda(text, what)
+            serving += _prepare_cuda(op, text, what)
         else:
             reason = f"heed has no kernels for the platform {platform}, only for cpu and cuda"
             raise UnsupportedError(f"{what}: {reason}", {platform: reason})
+    if not op.has_workspace:
+        return None
+    shapes: list[tuple[int, ...]] = [resolution.results[-1][1] for resolution in serving]
+    return max(shapes)  # they differ in the last axis only
 
 
-def _prepare_cuda(text: str, what: str) -> None:
+def _prepare_cuda(op: Op, text: str, what: str) -> list[Any]:
+    """What the problem resolves to on each kind of GPU that serves it."""
     targets = {ordinal: str(function("cuda_target")(ordinal)) for ordinal in local_cuda_ordinals()}
-    found = {target: resolve_attention(text, target) for target in targets.values() or ["cuda"]}
-    if all(resolution.chosen is None for resolution in found.values()):
+    found = {target: op.resolve(text, target) for target in targets.values() or ["cuda"]}
+    serving = [resolution for resolution in found.values() if resolution.chosen is not None]
+    if not serving:
         target, resolution = next(iter(found.items()))
         require_kernel(resolution, what, target)
     for ordinal, target in targets.items():
         if found[target].chosen is None:
             continue
         try:
-            function("attention_fwd_load")(text, ordinal)
+            function(f"{op.stem}_load")(text, ordinal)
         except (RuntimeError, TypeError, ValueError) as error:
             raise type(error)(str(error)) from None  # without the native frames
+    return serving

@@ -1,4 +1,4 @@
-"""The XLA custom call that runs attention: its name, its registration for every platform, and how it is written."""
+"""The XLA custom calls that run heed's ops: their registration for every platform, and how they are written."""
 
 # mypy: disable-error-code="no-untyped-call"
 # JAX leaves parts of its API untyped.
@@ -8,7 +8,7 @@ import ctypes
 import functools
 import re
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -20,14 +20,14 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import func, stablehlo
 
 from heed import _lib
+from heed._jax.ops import OPS, Op
 
-TARGET_NAME = "heed.attention_fwd.v1"
 _registration = threading.Lock()
 
 
 @functools.cache
 def register() -> None:
-    """Registers the target with XLA, once per process (also when this module is reloaded).
+    """Registers the targets with XLA, once per process (also when this module is reloaded).
 
     On CUDA the call has two stages, one function serving both: `initialize` runs before each run of a program, outside
     of command buffers, and loads what a program from another process needs; `execute` launches. That calls may be
@@ -35,21 +35,23 @@ def register() -> None:
     CUDA plugin once there is one.
     """
     with _registration:
-        if TARGET_NAME not in xla_client.custom_call_targets("Host"):
+        for op in OPS:
+            if op.target_name in xla_client.custom_call_targets("Host"):
+                continue
             library = ctypes.CDLL(str(_lib.library_dir() / "libheed_ffi.so"))
-            on_cpu = jax.ffi.pycapsule(library.heed_xla_attention_fwd)
-            on_cuda = jax.ffi.pycapsule(library.heed_xla_attention_fwd_cuda)
-            jax.ffi.register_ffi_target(TARGET_NAME, {"initialize": on_cuda, "execute": on_cuda}, platform="CUDA")
-            jax.ffi.register_ffi_target(TARGET_NAME, on_cpu, platform="cpu")
+            on_cpu = jax.ffi.pycapsule(getattr(library, f"heed_xla_{op.stem}"))
+            on_cuda = jax.ffi.pycapsule(getattr(library, f"heed_xla_{op.stem}_cuda"))
+            jax.ffi.register_ffi_target(op.target_name, {"initialize": on_cuda, "execute": on_cuda}, platform="CUDA")
+            jax.ffi.register_ffi_target(op.target_name, on_cpu, platform="cpu")
 
 
 def register_partitioner(
-    propagate: Callable[..., Any], partition: Callable[..., Any], infer: Callable[..., Any]
+    op: Op, propagate: Callable[..., Any], partition: Callable[..., Any], infer: Callable[..., Any]
 ) -> None:
     """Gives XLA the functions that divide the call over devices: the XLA of this process, and that of each plugin."""
     give: Callable[..., None] = functools.partial(
         xla_client.register_custom_call_partitioner,
-        name=TARGET_NAME,
+        name=op.target_name,
         prop_user_sharding=propagate,
         partition=partition,
         infer_sharding_from_operands=infer,
@@ -67,14 +69,18 @@ def _row_major_layouts(types: Sequence[Any]) -> ir.Attribute:
     )
 
 
-def emit_call(operands: Sequence[Any], result_types: Sequence[Any], problem: str) -> Any:
-    """Writes one custom call at the current insertion point and returns the operation."""
+def emit_call(op: Op, operands: Sequence[Any], result_types: Sequence[Any], problem: str, groups: str = "") -> Any:
+    """Writes one custom call at the current insertion point and returns the operation.
+
+    groups: what the partitioner is to be told of the devices that it does not see (`partition.device_groups`).
+    """
+    attributes = {"problem": problem} | ({"groups": groups} if groups else {})
     return stablehlo.CustomCallOp(
         list(result_types),
         list(operands),
-        call_target_name=ir.StringAttr.get(TARGET_NAME),
+        call_target_name=ir.StringAttr.get(op.target_name),
         has_side_effect=ir.BoolAttr.get(False),
-        backend_config=ir.DictAttr.get({"problem": ir.StringAttr.get(problem)}),
+        backend_config=ir.DictAttr.get({name: ir.StringAttr.get(text) for name, text in attributes.items()}),
         api_version=mlir.i32_attr(4),
         called_computations=ir.ArrayAttr.get([]),
         operand_layouts=_row_major_layouts([x.type for x in operands]),
@@ -90,8 +96,17 @@ def tensor_type(shape: Sequence[int], dtype: Any) -> Any:
     return ir.RankedTensorType.get(list(shape), mlir.dtype_to_ir_type(np.dtype(dtype)))
 
 
-def module_bytecode(operands: Sequence[TensorType], results: Sequence[TensorType], problem: str) -> bytes:
-    """A StableHLO module whose main function is one call: what XLA inlines on each device."""
+def module_bytecode(
+    op: Op,
+    operands: Sequence[TensorType],
+    results: Sequence[TensorType],
+    problem: str,
+    sums: Mapping[int, np.ndarray],
+) -> bytes:
+    """A StableHLO module whose main function is one call: what XLA inlines on each device.
+
+    sums: results that are then summed over groups of devices, [groups, devices of a group].
+    """
     with mlir.make_ir_context() as context, ir.Location.unknown(context):
         module = ir.Module.create()
         operand_types, result_types = ([tensor_type(*t) for t in tensors] for tensors in (operands, results))
@@ -100,21 +115,46 @@ def module_bytecode(operands: Sequence[TensorType], results: Sequence[TensorType
             main.attributes["sym_visibility"] = ir.StringAttr.get("public")
             block = main.add_entry_block()
         with ir.InsertionPoint(block):
-            func.ReturnOp(emit_call(list(block.arguments), result_types, problem).results)
+            values = list(emit_call(op, list(block.arguments), result_types, problem).results)
+            for index, groups in sums.items():
+                values[index] = _emit_sum(values[index], groups)
+            func.ReturnOp(values)
         bytecode: bytes = mlir.module_to_bytecode(module)
     return bytecode
 
 
-_PROBLEM = re.compile(r'problem\s*=\s*"([^"]*)"')
+_DEVICE_TO_DEVICE = 1  # the type of a channel between devices
 
 
-def problem_of(backend_config: bytes | str) -> str:
-    """The problem's text, out of the attributes that `emit_call` wrote."""
+def _emit_sum(value: Any, groups: np.ndarray) -> Any:
+    """An all-reduce in float32: parts are rounded to their dtype once, and their sum once more."""
+    narrow = ir.RankedTensorType(value.type)
+    wide = ir.RankedTensorType.get(narrow.shape, ir.F32Type.get())
+    is_wide = narrow == wide
+    reduce = stablehlo.AllReduceOp(
+        [wide],
+        [value if is_wide else stablehlo.ConvertOp(wide, value).result],
+        replica_groups=ir.DenseIntElementsAttr.get(np.ascontiguousarray(groups, dtype=np.int64)),
+        channel_handle=stablehlo.ChannelHandle.get(1, _DEVICE_TO_DEVICE),  # XLA renumbers channels
+        use_global_device_ids=ir.BoolAttr.get(True),
+    )
+    scalar = ir.RankedTensorType.get([], ir.F32Type.get())
+    body = reduce.regions[0].blocks.append(scalar, scalar)
+    with ir.InsertionPoint(body):
+        stablehlo.ReturnOp([stablehlo.AddOp(*body.arguments).result])
+    return reduce.result if is_wide else stablehlo.ConvertOp(narrow, reduce.result).result
+
+
+_ATTRIBUTE = re.compile(r'(\w+)\s*=\s*"([^"]*)"')
+
+
+def attributes_of(op: Op, backend_config: bytes | str) -> dict[str, str]:
+    """What `emit_call` wrote: the problem's text, and the groups of devices if there are any."""
     text = backend_config.decode() if isinstance(backend_config, bytes) else backend_config
-    match = _PROBLEM.search(text)
-    if match is None:
-        raise ValueError(f"{TARGET_NAME}: got attributes {text!r}, expected a problem")
-    return match.group(1)
+    attributes = dict(_ATTRIBUTE.findall(text))
+    if "problem" not in attributes:
+        raise ValueError(f"{op.target_name}: got attributes {text!r}, expected a problem")
+    return attributes
 
 
 _OPERAND = re.compile(r";(\w+)=(\w+)\[([\d,]*)\]")

@@ -1,9 +1,12 @@
-"""How XLA splits an attention call over devices: the Shardy rule and the partitioner of heed's custom call.
+"""How XLA splits an attention call over devices: the Shardy rule and the partitioner of heed's custom calls.
 
-Leading axes, batch and heads split with no communication. The partitioner sees how every operand really lies on the
-devices and takes a split only if each device already holds all that its share needs; anything else is an error, because
-XLA would otherwise move data silently. Both rule and partitioner belong to the target's name and read the problem from
-the call itself, so programs carry no Python object: exported and cached multi-device programs work in other processes.
+Leading axes, batch and heads split with no communication, but for one case: where query heads are divided more finely
+than KV heads, each of the devices that share a KV head has a part of its gradient, and these parts are summed.
+
+The partitioner sees how every operand really lies on the devices and takes a split only if each device already holds
+all that its share needs; anything else is an error, because XLA would otherwise move data silently. Both rule and
+partitioner belong to the target's name and read the problem from the call itself, so programs carry no Python object:
+exported and cached multi-device programs work in other processes.
 """
 
 from __future__ import annotations
@@ -14,10 +17,12 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 from jaxlib import xla_client
 from jaxlib.mlir import ir
 
 from heed._jax import axes, ffi_target
+from heed._jax.ops import OPS, WORKSPACE, Op
 from heed._jax.tiling import Shape, Split, Tiling
 
 
@@ -30,6 +35,7 @@ def sharding_rule(operands: Mapping[str, Shape], results: Mapping[str, Shape]) -
     """
     sizes: dict[str, int] = {}
     layout = axes.layout_of(operands)
+    full_shape = next(iter(results.values()))  # its leading axes have their full size
     q_heads = _size(layout, operands, "q", "q_heads")
     kv_heads = _size(layout, operands, "k", "kv_heads")
     group = q_heads // max(kv_heads, 1)
@@ -37,7 +43,7 @@ def sharding_rule(operands: Mapping[str, Shape], results: Mapping[str, Shape]) -
 
     def dim_factors(name: str, shape: Shape, position: int, axis: str) -> list[str]:
         size = shape[position]
-        full = results["out"][position] if axis.startswith("lead") else size
+        full = full_shape[position] if axis.startswith("lead") else size
         if size != full or not axes.is_shardable(axis):
             axis = f"{name}:{axis}"
         elif axis == "q_heads" and is_grouped:
@@ -118,7 +124,8 @@ def choose_split(
     q_heads, kv_heads = _size(layout, operands, "q", "q_heads"), _size(layout, operands, "k", "kv_heads")
     shapes = {**operands, **results}
     splits = []
-    for name in ("q", "out", "k", *(name for name in shapes if name not in ("q", "out", "k"))):
+    first = ("q", "out", "k")
+    for name in (*first, *(name for name in shapes if name not in first)):
         split = Split.along(layout, name, shapes[name], tilings[name], q_heads, kv_heads)
         if split is not None:
             splits.append(split)
@@ -147,6 +154,7 @@ def _describe(layout: axes.Layout, name: str, shape: Shape, tiling: Tiling) -> s
 
 
 def _partition(
+    op: Op,
     operand_shapes: Sequence[Any],
     operand_shardings: Sequence[Any],
     result_shape: Any,
@@ -154,36 +162,79 @@ def _partition(
     backend_config: bytes,
 ) -> tuple[bytes, list[Any], Any]:
     """XLA's callback: the per-device program, and how its operands and results are sharded."""
-    problem = ffi_target.problem_of(backend_config)
+    attributes = ffi_target.attributes_of(op, backend_config)
+    problem = attributes["problem"]
     operand_names = ffi_target.operand_names(problem)
     is_tuple = result_shape.is_tuple()
     result_shapes = list(result_shape.tuple_shapes()) if is_tuple else [result_shape]
     result_shardings = list(result_sharding.tuple_elements()) if is_tuple else [result_sharding]
-    result_names = ("out", "lse")[: len(result_shapes)]
+    result_names = op.results(operand_names, len(result_shapes) > 1)
+    if op.has_workspace:
+        result_names = (*result_names, WORKSPACE)
 
     names = (*operand_names, *result_names)
     xla_shapes = dict(zip(names, (*operand_shapes, *result_shapes), strict=True))
     shardings = dict(zip(names, (*operand_shardings, *result_shardings), strict=True))
+    sums: dict[int, Any] = {}
     if any(sharding.is_manual() for sharding in shardings.values()):
         # Inside shard_map the shapes are those of one device already.
         local = {name: tuple(shape.dimensions()) for name, shape in xla_shapes.items()}
     else:
-        shardings = _divide(operand_names, result_names, xla_shapes, shardings)
+        split = _choose_split(operand_names, result_names, xla_shapes, shardings)
+        shardings = {name: split.tiling(name, tuple(shape.dimensions())).to_xla() for name, shape in xla_shapes.items()}
         local = {name: tuple(shardings[name].tile(shape).dimensions()) for name, shape in xla_shapes.items()}
+        sharers = split.kv_head_sharers()
+        if sharers is not None and op.partial_results:
+            groups = _ids_of_all(sharers, attributes.get("groups", ""), split.layout)
+            sums = {result_names.index(name): groups for name in op.partial_results}
     module = ffi_target.module_bytecode(
+        op,
         [(local[name], xla_shapes[name].numpy_dtype()) for name in operand_names],
         [(local[name], xla_shapes[name].numpy_dtype()) for name in result_names],
         ffi_target.with_shapes(problem, local),
+        sums,
     )
     outputs = [shardings[name] for name in result_names]
     packed = xla_client.HloSharding.tuple_sharding(result_shape, outputs) if is_tuple else outputs[0]
     return module, [shardings[name] for name in operand_names], packed
 
 
-def _divide(
+def device_groups(context: Any) -> str:
+    """For a program inside a `shard_map` over some mesh axes: the groups of devices that XLA divides the call over.
+
+    There XLA counts devices from 0 in each group. Their numbers in the program are "0,1;2,3", or "unknown" where the
+    order within a group is not known, which is with several axes that are not manual. Elsewhere the text is empty.
+    """
+    manual = set(getattr(context, "manual_axes", ()))
+    if not manual:
+        return ""
+    sizes = dict(context.mesh.shape)
+    automatic = [i for i, (name, size) in enumerate(sizes.items()) if name not in manual and size > 1]
+    if len(automatic) != 1:
+        return "unknown"
+    ids = np.arange(math.prod(sizes.values())).reshape(tuple(sizes.values()))
+    groups = np.moveaxis(ids, automatic[0], -1).reshape(-1, ids.shape[automatic[0]])
+    return ";".join(",".join(map(str, group)) for group in groups)
+
+
+def _ids_of_all(groups: np.ndarray, outer: str, layout: axes.Layout) -> np.ndarray:
+    """The groups of devices by their numbers in the program, where they were counted within each outer group."""
+    if not outer:
+        return groups
+    if outer == "unknown":
+        raise ValueError(
+            f"{layout.function}: got query heads divided more finely than KV heads inside a shard_map over some mesh "
+            "axes, with several axes left to the compiler, expected KV heads divided as the query heads are: heed "
+            "cannot tell over which devices to sum the gradients of k and v. Make more mesh axes manual (axis_names)."
+        )
+    ids = np.array([[int(i) for i in group.split(",")] for group in outer.split(";")])
+    return np.concatenate(ids[:, groups])
+
+
+def _choose_split(
     operand_names: Sequence[str], result_names: Sequence[str], xla_shapes: Mapping[str, Any], found: Mapping[str, Any]
-) -> dict[str, Any]:
-    """The shardings that the call takes, from those that XLA found."""
+) -> Split:
+    """The division that the call takes, from the shardings that XLA found."""
     shapes = {name: tuple(shape.dimensions()) for name, shape in xla_shapes.items()}
     parsed = {name: Tiling.parse(sharding, len(shapes[name])) for name, sharding in found.items()}
     num_devices = max((tiling.devices.size for tiling in parsed.values() if tiling is not None), default=1)
@@ -191,10 +242,9 @@ def _divide(
         name: Tiling.whole(len(shapes[name]), num_devices) if tiling is None else tiling
         for name, tiling in parsed.items()
     }
-    split = choose_split(
+    return choose_split(
         {name: shapes[name] for name in operand_names}, {name: shapes[name] for name in result_names}, tilings
     )
-    return {name: split.tiling(name, shape).to_xla() for name, shape in shapes.items()}
 
 
 def _no_gspmd(*_: Any) -> Any:
@@ -203,5 +253,6 @@ def _no_gspmd(*_: Any) -> Any:
 
 @functools.cache
 def register() -> None:
-    """Gives XLA the partitioner of heed's custom call, once."""
-    ffi_target.register_partitioner(_no_gspmd, _partition, _no_gspmd)
+    """Gives XLA the partitioners of heed's custom calls, once."""
+    for op in OPS:
+        ffi_target.register_partitioner(op, _no_gspmd, functools.partial(_partition, op), _no_gspmd)

@@ -132,3 +132,13 @@ class Split:
         tiles = [math.prod(self.devices.shape[i] for i in group) for group in kept]
         devices = self.devices.transpose([*used, lead + 3, *copies])
         return Tiling(devices.reshape(*tiles, self.devices.shape[lead + 3], -1))
+
+    def kv_head_sharers(self) -> np.ndarray | None:
+        """The groups of devices that have different query heads of one and the same KV head, [groups, devices].
+
+        None: no two devices do.
+        """
+        ways = self.devices.shape[self.num_lead + 2]
+        if ways == 1:
+            return None
+        return np.moveaxis(self.devices, self.num_lead + 2, -1).reshape(-1, ways)
