@@ -170,7 +170,8 @@ HEED_API void attention_forward(const AttentionForwardArgs& args, const Attentio
 // input has the same number of leading axes, each of the full size or 1. Gradients have all leading axes in full.
 //
 // The gradients of sinks and slopes are sums over the queries of one batch row; whoever wants one gradient per head
-// sums them over B.
+// sums them over B. Sequences that share keys (entries of cu_seqlens_k that decrease) leave undefined values in those
+// rows of dk and dv.
 struct AttentionBackwardArgs {
   // The inputs of attention_forward, as they were given to it.
   TensorView q;

@@ -180,10 +180,11 @@ class DLPackOps:
 
     def sum_over_first(self, value: Any) -> Any:
         """The sum over the first axis, where and in whose order everything of this call happens."""
-        if self.kind != "cupy" or isinstance(value, np.ndarray):
-            return value.sum(0) if hasattr(value, "sum") else np.from_dlpack(value).sum(0)
-        with self.like.device:
-            return value.sum(0)
+        if self.kind == "cupy":
+            with self.like.device:
+                return value.sum(0)
+        namespace = getattr(value, "__array_namespace__", None)
+        return value.sum(0) if namespace is None else namespace().sum(value, axis=0)
 
     def view_out(self, value: Any) -> Any:
         return numpy_view(value) if isinstance(value, np.ndarray) else self.view(value, "out")

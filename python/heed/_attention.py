@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from heed._arrays import DLPackOps, common_kind
@@ -106,7 +106,7 @@ def flash_mha(
 
 def attend(function_name: str, statics: AttentionStatics, operands: Operands) -> Any:
     """Runs attention on arrays of any one kind, or stages it if they are traced."""
-    require_operands(dict(zip(OPERAND_NAMES, operands, strict=True)))
+    require_operands(OPERAND_NAMES, operands)
     kind = common_kind(OPERAND_NAMES, operands)
     if kind == "jax":
         require_rank(function_name, operands[0].shape)
@@ -121,10 +121,13 @@ def attend(function_name: str, statics: AttentionStatics, operands: Operands) ->
     return results if statics.return_lse else results[0]
 
 
-def require_operands(given: Mapping[str, Any]) -> None:
+_REQUIRED = ("q", "k", "v", "out", "lse", "dout")
+
+
+def require_operands(names: Sequence[str], values: Sequence[Any]) -> None:
     """Raises TypeError if an operand that has no default is None."""
-    for name in ("q", "k", "v", "out", "lse", "dout"):
-        if name in given and given[name] is None:
+    for name, value in zip(names, values, strict=True):
+        if value is None and name in _REQUIRED:
             raise TypeError(f"{name}: got None, expected an array")
 
 

@@ -167,7 +167,7 @@ def flash_mha_varlen_bwd(
 
 def _differentiate(function_name: str, statics: AttentionStatics, operands: Operands) -> AttentionGradients:
     """Runs the backward pass on arrays of any one kind, or stages it if they are traced."""
-    require_operands(dict(zip(BWD_OPERAND_NAMES, operands, strict=True)))
+    require_operands(BWD_OPERAND_NAMES, operands)
     kind = common_kind(BWD_OPERAND_NAMES, operands)
     if kind == "jax":
         require_rank(function_name, operands[0].shape)

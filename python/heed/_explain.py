@@ -164,7 +164,7 @@ def explain(function: Callable[..., Any], /, *args: Any, target: str | None = No
 
 def _split_arguments(names: Sequence[str], given: dict[str, Any]) -> tuple[Operands, dict[str, Any]]:
     """A call's operands in the order of `names`, and its other arguments."""
-    require_operands(given)
+    require_operands(names, [given.get(name) for name in names])
     if "cu_seqlens_q" in given:
         require_cu_seqlens(given["cu_seqlens_q"])
     ids = split_segment_ids(given.pop("segment_ids", None))

@@ -100,48 +100,97 @@ struct AttentionBwdPrepare : AttentionBwdPass<kSpec> {
     return sum;
   }
 
-  static __device__ __forceinline__ void run(const Params& params) {
-    const Work work(params);
-    const int thread = static_cast<int>(threadIdx.x);
-    const int part = thread % Base::kThreadsPerRow;
-    const auto* lse = pointer_to<float>(params, params.lse, work, work.head);
-    const auto* dlse = params.dlse.data == nullptr ? nullptr : pointer_to<float>(params, params.dlse, work, work.head);
+  static __device__ __forceinline__ void write_statistics(const Params& params, const Work& work, int row,
+                                                          float product, bool is_finite) {
+    const float lse = pointer_to<float>(params, params.lse, work, work.head)[row * params.lse.token];
+    if (params.dlse.data != nullptr) {
+      product -= pointer_to<float>(params, params.dlse, work, work.head)[row * params.dlse.token];
+    }
+    // What is not finite also says that the row of Q or dO may not be: the main pass keeps it out of its products.
+    const bool is_plain = is_finite && fabsf(lse) < kInfinity;
+    float* statistics = work.workspace + 2 * static_cast<long long>(row);
+    statistics[0] = lse == -kInfinity ? kInfinity : is_plain ? lse * params.lse_factor : kNaN;
+    statistics[1] = product;
+  }
+
+  // rowsum(dO * O) of 16-bit rows.
+  static __device__ __forceinline__ void make_statistics(const Params& params, const Work& work) {
+    const int thread = static_cast<int>(threadIdx.x), part = thread % Base::kThreadsPerRow;
 #pragma unroll 1
     for (int inside = thread / Base::kThreadsPerRow; inside < Base::kRows;
          inside += Base::kNumThreads / Base::kThreadsPerRow) {
       const int row = work.tile * Base::kRows + inside;
-      const bool is_there = row < params.q_len;
-      float delta = 0.0f;
+      float product = 0.0f;
       int is_finite = 1;  // dO
-      if (is_there) {
+      if (row < params.q_len) {
         const char* out = Base::row_of(params, params.out, work, row);
         const char* dout = Base::row_of(params, params.dout, work, row);
         for (int column = part * Base::kElementsPerChunk; column < params.head_dim_v;
              column += Base::kThreadsPerRow * Base::kElementsPerChunk) {
           const uint4 chunk = load_chunk(dout, params.dout.dim * Base::kElementBytes, column, params.head_dim_v);
           if (!Math::are_finite(chunk)) is_finite = 0;
-          delta += dot(load_chunk(out, params.out.dim * Base::kElementBytes, column, params.head_dim_v), chunk);
+          product += dot(load_chunk(out, params.out.dim * Base::kElementBytes, column, params.head_dim_v), chunk);
         }
       }
 #pragma unroll
       for (int distance = Base::kThreadsPerRow / 2; distance > 0; distance /= 2) {
-        delta += __shfl_xor_sync(0xffffffffu, delta, distance);
+        product += __shfl_xor_sync(0xffffffffu, product, distance);
         is_finite &= __shfl_xor_sync(0xffffffffu, is_finite, distance);
       }
-      if (!is_there) continue;
-      if (part == 0) {
-        const float row_lse = lse[row * params.lse.token];
-        if (dlse != nullptr) delta -= dlse[row * params.dlse.token];
-        // What is not finite also says that the row of Q or dO may not be: the main pass keeps it out of its products.
-        const bool is_plain = is_finite != 0 && fabsf(row_lse) < kInfinity;
-        float* statistics = work.workspace + 2 * static_cast<long long>(row);
-        statistics[0] = row_lse == -kInfinity ? kInfinity : is_plain ? row_lse * params.lse_factor : kNaN;
-        statistics[1] = delta;
+      if (part == 0 && row < params.q_len) write_statistics(params, work, row, product, is_finite != 0);
+    }
+  }
+
+  // rowsum(dO * O) of float32 rows, by the instructions that give V dO^T in the main pass: a row that sees one key only
+  // has O = V, and the difference of both products is then exactly 0. A warp takes 16 rows; of the products of all with
+  // all only the diagonal is used.
+  static __device__ __forceinline__ void make_statistics_float32(const Params& params, const Work& work) {
+    const int thread = static_cast<int>(threadIdx.x), lane = thread & 31;
+    const int first_row = work.tile * Base::kRows + (thread >> 5) * 16 + (lane >> 2);
+    const auto load = [&](const DeviceOperand& operand, int row, int column) {
+      if (row >= params.q_len || column >= params.head_dim_v) return uint32{0};
+      return *reinterpret_cast<const uint32*>(Base::row_of(params, operand, work, row) + column * operand.dim * 4);
+    };
+    typename Math::Sum sums[2];  // rows and columns up to 8, and from 8 on
+    int is_finite[2] = {1, 1};
+#pragma unroll 1
+    for (int column = 0; column < params.head_dim_v; column += 8) {
+      uint32 out[4], dout[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int row = first_row + i % 2 * 8, element = column + (lane & 3) + i / 2 * 4;
+        out[i] = load(params.out, row, element);
+        dout[i] = load(params.dout, row, element);
+        if ((dout[i] & 0x7f800000u) == 0x7f800000u) is_finite[i % 2] = 0;
       }
-      float* dq = work.workspace + params.layout.dq + static_cast<long long>(row) * params.layout.dq_row;
-      for (int column = part * 4; column < params.layout.dq_row; column += Base::kThreadsPerRow * 4) {
-        *reinterpret_cast<float4*>(dq + column) = float4{0.0f, 0.0f, 0.0f, 0.0f};
-      }
+      const typename Math::A a = Math::make_a(out);
+#pragma unroll
+      for (int half = 0; half < 2; ++half) sums[half].add_product(a, Math::make_b(dout[half], dout[2 + half]));
+    }
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      is_finite[half] &= __shfl_xor_sync(0xffffffffu, is_finite[half], 1);
+      is_finite[half] &= __shfl_xor_sync(0xffffffffu, is_finite[half], 2);
+      const int row = first_row + half * 8, place = lane >> 2;
+      if (place / 2 != (lane & 3) || row >= params.q_len) continue;  // not the lane that has the diagonal
+      const float product = place % 2 == 0 ? sums[half].total(2 * half) : sums[half].total(2 * half + 1);
+      write_statistics(params, work, row, product, is_finite[half] != 0);
+    }
+  }
+
+  static __device__ __forceinline__ void run(const Params& params) {
+    const Work work(params);
+    const int thread = static_cast<int>(threadIdx.x);
+    if constexpr (Base::kElementBytes == 4) {
+      make_statistics_float32(params, work);
+    } else {
+      make_statistics(params, work);
+    }
+    const long long first = static_cast<long long>(work.tile) * Base::kRows * params.layout.dq_row;
+    const long long last =
+        min(first + Base::kRows * params.layout.dq_row, static_cast<long long>(params.q_len) * params.layout.dq_row);
+    for (long long i = first + thread * 4; i < last; i += Base::kNumThreads * 4) {
+      *reinterpret_cast<float4*>(work.workspace + params.layout.dq + i) = float4{0.0f, 0.0f, 0.0f, 0.0f};
     }
     if (work.tile != 0) return;
     const int num_others = params.layout.num_turns + params.layout.num_slopes;
@@ -165,7 +214,8 @@ struct AttentionBwdFinish : AttentionBwdPass<kSpec> {
       float sum = 0.0f;
       for (int row = thread; row < params.q_len; row += Base::kNumThreads) {
         const float row_lse = lse[row * params.lse.token];
-        if (row_lse != -kInfinity) sum -= expf(sink - row_lse) * work.workspace[2 * static_cast<long long>(row) + 1];
+        if (row_lse != -kInfinity)
+          sum -= exp_accurate(sink - row_lse) * work.workspace[2 * static_cast<long long>(row) + 1];
       }
       sum = Base::sum_over_block(sum);
       if (thread == 0) *const_cast<float*>(pointer_to<float>(params, params.dsinks, work, work.head)) = sum;

@@ -5,6 +5,9 @@ namespace heed::cuda {
 
 using uint32 = unsigned int;
 
+// The architecture that is compiled for, such as 80 or 90.
+inline constexpr int kDeviceArch = __CUDA_ARCH__ / 10;
+
 // What the launch asks for; each kernel lays it out itself.
 extern __shared__ __align__(1024) char shared_memory[];
 

@@ -36,4 +36,12 @@ __device__ __forceinline__ float exp2_accurate(float x) {
   return x < -126.0f ? 0.0f : y * scale;  // not for NaN, which stays NaN
 }
 
+// e^x as accurately, for x up to 88: what rounding takes from x * log2(e) comes back as a factor.
+__device__ __forceinline__ float exp_accurate(float x) {
+  constexpr float kLog2ELow = 1.92596303e-8f;  // log2(e) - kLog2E
+  const float y = x * kLog2E;
+  const float rest = fmaf(x, kLog2ELow, fmaf(x, kLog2E, -y));
+  return y < -126.0f ? 0.0f : exp2_accurate(y) * fmaf(rest, kLn2, 1.0f);
+}
+
 }  // namespace heed::cuda

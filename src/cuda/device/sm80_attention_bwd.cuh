@@ -7,19 +7,20 @@
 // them, of all query heads of the group. Five products a step:
 //   S^T = K Q^T,  dP^T = V dO^T,  dV += P^T dO,  dK += dS^T Q,  dQ = dS K.
 //
-// Transposed scores. A warp owns rows of S^T, which are keys: P^T and dS^T then lie in its registers just as the left
-// operands of dV and dK want them. Only dS crosses warps, through shared memory, for dQ: one tile written, two barriers
-// a step. Above head dim 128 the accumulators of 16 keys do not fit one warp's registers; two warps then share them,
-// each with half of the head dims, and P crosses too.
+// Transposed scores. A warp's rows of S^T are keys: P^T and dS^T lie in its registers just as the left operands of dV
+// and dK want them, and only dS crosses warps, for dQ. Where that would leave a warp 16 keys (above head dim 64), warps
+// share 32 keys instead: each has a share of the queries, then of the head dims, and P crosses too. That halves how
+// often the same bytes of K, V, Q and dO are read from shared memory, which would be the limit otherwise.
 //
-// Shared memory is the limit to watch: at head dim 128, 128 keys and 64 queries a step, eight warps of 16 keys read
-// about 690 KiB for 2560 products a warp.
+// Delayed use. What needs other warps' scores (dQ; dV and dK of shared keys) is done in the next step: one barrier a
+// step. Of the two warps of a scheduler one does that first and its own new scores last, the other the other way
+// around: one's softmax runs under the other's products.
 //
 // dQ. Blocks with other keys add to the same rows of dQ: float32 additions in L2, 16 bytes at a time (sm_90; 4 before),
-// into a workspace whose rows are ordered as accumulators are. Deterministic, the blocks take turns at each tile of
-// queries: from the last keys that it sees to the first with a causal mask, so that a block's first tile is nobody
-// else's turn, and from the first to the last without one. Blocks number themselves as they start, so that one only
-// ever waits for others that run already.
+// into a workspace whose rows are ordered as accumulators are. Deterministic, they take turns at each tile of queries:
+// from the last keys that it sees to the first with a causal mask, so that a block's first tile is nobody else's turn,
+// and from the first to the last without one. Blocks number themselves as they start, so that one only ever waits for
+// others that run already.
 #pragma once
 
 #include "cuda/device/element.cuh"
@@ -36,12 +37,6 @@
 #include "variants/segment_ids.h"
 
 namespace heed::cuda {
-
-#ifdef __CUDA_ARCH__
-inline constexpr int kDeviceArch = __CUDA_ARCH__ / 10;
-#else
-inline constexpr int kDeviceArch = 90;
-#endif
 
 template <Sm80AttentionBwdSpec kSpec>
 struct Sm80AttentionBwd {
@@ -228,7 +223,10 @@ struct Sm80AttentionBwd {
     }
   }
 
-  static __device__ __forceinline__ float exp2(float x) { return kIsFloat32 ? exp2_accurate(x) : ptx::exp2_approx(x); }
+  // e^x.
+  static __device__ __forceinline__ float exp(float x) {
+    return kIsFloat32 ? exp_accurate(x) : ptx::exp2_approx(x * kLog2E);
+  }
 
   struct Statistics {
     float lse[2], delta[2];  // of the thread's two columns
@@ -270,11 +268,11 @@ struct Sm80AttentionBwd {
           score = variants::alibi_biased(ScoreMath(), score, slope, distance + distance_step(row_tile, half, tile, e));
         }
         if constexpr (kSpec.has_softcap || kSpec.has_alibi) {
-          score = exp2((score - rows.lse[e]) * kLog2E);
+          score = exp(score - rows.lse[e]);
         } else if constexpr (kIsFloat32) {
-          score = exp2(fmaf(score, params.scale, -rows.lse[e]) * kLog2E);
+          score = exp(fmaf(score, params.scale, -rows.lse[e]));
         } else {
-          score = exp2(fmaf(score, params.scale_log2, -rows.lse[e]));
+          score = ptx::exp2_approx(fmaf(score, params.scale_log2, -rows.lse[e]));
         }
       }
     }

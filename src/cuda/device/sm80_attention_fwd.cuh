@@ -432,8 +432,8 @@ struct Sm80AttentionFwd {
         const float top = rows.top[row_tile][half], natural_scale = kSpec.has_score_transform() ? 1.0f : params.scale;
         float rest = rows.is_steep ? 0.0f : rounding_of(top, exponent_scale(params)) * kLn2;
         rest = fabsf(top) < kInfinity ? rest - rounding_of(top, natural_scale) : 0.0f;
-        const auto end =
-            variants::finish_row(top * natural_scale, rest, sum, has_sink, sink, [](float x) { return expf(x); });
+        const auto end = variants::finish_row(top * natural_scale, rest, sum, has_sink, sink,
+                                              [](float x) { return exp_accurate(x); });
         const int row = warp_row + row_tile * 16 + half * 8 + lane.row;
         if (lse != nullptr && lane.column == 0 && work.q_begin + row < work.q_len) {
           lse[(work.q_begin + row) * params.lse.token] = end.top + (end.rest + logf(end.total));

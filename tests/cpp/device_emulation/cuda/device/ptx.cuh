@@ -10,6 +10,7 @@ namespace heed::cuda {
 
 using uint32 = unsigned int;
 using device_emulation::shared_memory;
+inline constexpr int kDeviceArch = 90;
 
 namespace ptx {
 
