@@ -90,11 +90,12 @@ def measure_rows(rounds: int) -> list[dict[str, Any]]:
             contenders["torch"] = torch_run
         seconds = paired(contenders, rounds)
         work = {name: SGEMM_GFLOP if name == "sgemm" else WORK * row.gflop for name in contenders}
+        gflops = {name: work[name] / statistics.median(seconds[name]) for name in contenders}
         results.append(
             {
                 "row": row.label,
                 "is_causal": row.is_causal,
-                "gflops": {name: work[name] / statistics.median(seconds[name]) for name in contenders},
+                "gflops": gflops,
                 "speedup": {
                     name: median_ratio(seconds[name], seconds["heed"])
                     for name in contenders
@@ -103,7 +104,7 @@ def measure_rows(rounds: int) -> list[dict[str, Any]]:
                 "of_sgemm": median_ratio(seconds["sgemm"], seconds["heed"]) * work["heed"] / SGEMM_GFLOP,
             }
         )
-        print(f"  {row.label}: " + ", ".join(f"{k} {v:.0f}" for k, v in results[-1]["gflops"].items()), flush=True)
+        print(f"  {row.label}: " + ", ".join(f"{name} {speed:.0f}" for name, speed in gflops.items()), flush=True)
     return results
 
 

@@ -388,10 +388,18 @@ def readme_block(content: Result, plot_path: str) -> str:
 
 
 def summary(all_verdicts: list[Verdict]) -> str:
-    """How many targets were met, and each that was missed."""
-    found = [verdict for verdict in all_verdicts if verdict.is_met is not None]
-    missed = [f"{v.title}: {v.number} ({v.bound_text})" for v in found if not v.is_met]
-    text = f"{len(found) - len(missed)} of {len(found)} targets were met."
+    """How many targets were met, and of those that were missed how often and by how much at worst."""
+    found = [verdict for verdict in all_verdicts if verdict.measured is not None]
+    num_met = sum(verdict.is_met is True for verdict in found)
+    missed = []
+    for target in dict.fromkeys(verdict.target for verdict in found):
+        same = [verdict for verdict in found if verdict.target == target]
+        if all(verdict.is_met for verdict in same):
+            continue
+        worst = (min if same[0].is_at_least else max)(same, key=lambda verdict: verdict.measured or 0.0)
+        often = "" if len(same) == 1 else f" on {sum(not verdict.is_met for verdict in same)} of {len(same)} rows"
+        missed.append(f"{target} ({worst.bound_text}){often}, at worst {worst.number}")
+    text = f"{num_met} of {len(found)} targets were met."
     return f"{text} Missed: {'; '.join(missed)}." if missed else text
 
 

@@ -45,7 +45,7 @@ inline constexpr int kMaxWarps = 8;
 inline constexpr int kMaxThreads = kMaxWarps * kWarpSize;
 inline constexpr size_t kStackBytes = size_t{1} << 18;
 inline constexpr size_t kMaxSharedBytes = 227 << 10;  // of a block, on the GPUs that have most
-inline constexpr int kMaxTurns = 1 << 22;            // more than any case takes: the block hangs
+inline constexpr int kMaxTurns = 1 << 22;             // more than any case takes: the block hangs
 
 alignas(1024) inline char shared_memory[kMaxSharedBytes];
 
