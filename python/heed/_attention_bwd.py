@@ -29,8 +29,11 @@ class AttentionGradients(NamedTuple):
     """What `flash_mha_bwd` and `flash_mha_varlen_bwd` return.
 
     Attributes:
-        dq, dk, dv: shapes and dtypes of q, k and v.
-        dsinks, dalibi_slopes: float32 `[num_q_heads]`; None where the operand is absent.
+        dq: shape and dtype of q.
+        dk: shape and dtype of k.
+        dv: shape and dtype of v.
+        dsinks: float32 `[num_q_heads]`; None where sinks are absent.
+        dalibi_slopes: float32 `[num_q_heads]`; None where alibi_slopes are absent.
     """
 
     dq: Any

@@ -34,6 +34,11 @@ class CompiledKernel:
         """Bytes that a thread stores to and loads from local memory for want of registers."""
         return _sum_of(r"(\d+) bytes spill (?:stores|loads)", self.log)
 
+    @property
+    def static_shared_bytes(self) -> int:
+        """Shared memory that a block has beside `shared_bytes`, which a launch asks for."""
+        return sum(map(int, re.findall(r"(\d+) bytes smem", self.log)))
+
 
 def _sum_of(pattern: str, log: str) -> int:
     numbers = re.findall(pattern, log)

@@ -106,6 +106,10 @@ void set_operands(Sm80AttentionBwdParams& params, const AttentionBackwardArgs& a
 std::string sm80_attention_bwd_declines(const AttentionBwdProblem& problem, const Target& target) {
   std::string reason = gpu_attention_declines(problem.forward, target);
   if (!reason.empty()) return reason;
+  if ((problem.forward.q_len + problem.forward.kv_len) / kMinBwdRows + 2 * problem.forward.batch >
+      std::numeric_limits<int32_t>::max() / (2 * kTurnsPerTile)) {
+    return "counts up to 2^27 tiles of 16 rows and sequences, and this call has more";
+  }
   // In double: the product may not fit 64 bits.
   const double blocks = static_cast<double>(num_row_tiles(
                             problem.forward, std::max(problem.forward.q_len, problem.forward.kv_len), kMinBwdRows)) *

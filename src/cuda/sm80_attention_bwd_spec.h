@@ -136,8 +136,7 @@ struct Sm80AttentionBwdParams : AttentionParams {
 
   float* workspace;  // [.., B, Hq, floats of `layout`]; varlen [.., Hq, ..]
   AttentionBwdWorkspace layout;
-  float lse_factor;    // what the statistics' lse is multiplied with: 1, or log2(e)
-  bool writes_slopes;  // dalibi_slopes of this launch
+  float lse_factor;  // what the statistics' lse is multiplied with: 1, or log2(e)
 };
 
 }  // namespace heed::cuda

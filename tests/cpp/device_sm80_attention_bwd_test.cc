@@ -149,6 +149,12 @@ TEST(DeviceSm80AttentionBwdTest, Float32Dim192) {
   c.kv_len = 50;
   expect_matches<spec_of(Element::kFloat32, 192, 192)>(c);
 }
+TEST(DeviceSm80AttentionBwdTest, Float32Dim256) {
+  Case c = case_of(DType::kFloat32, 256);
+  c.q_len = 20;
+  c.kv_len = 40;
+  expect_matches<spec_of(Element::kFloat32, 256, 256)>(c);
+}
 TEST(DeviceSm80AttentionBwdTest, Window) {
   Case c = case_of(DType::kBFloat16, 64);
   c.options.window_left = 30;
@@ -213,7 +219,7 @@ TEST(DeviceSm80AttentionBwdTest, HiddenRowsThatAreNotFinite) {
   Case blind = case_of(DType::kBFloat16, 128, true);
   blind.q_len = 100;
   blind.kv_len = 70;
-  expect_matches<kBf16Dim128>(blind, true, [](Inputs& in, Cotangents& more) {
+  const auto spoil = [](Inputs& in, Cotangents& more) {
     for (int64_t i = 0; i < 30 * 2 * 128; ++i) {
       in.q.set(i, kNaN);
       more.dout.set(i, kNaN);
@@ -221,6 +227,11 @@ TEST(DeviceSm80AttentionBwdTest, HiddenRowsThatAreNotFinite) {
     for (int64_t h = 0; h < 2; ++h) {
       for (int64_t row = 0; row < 30; ++row) more.dlse.set(h * 100 + row, kNaN);
     }
+  };
+  expect_matches<kBf16Dim128>(blind, true, spoil);
+  blind.has_sinks = true;  // then their lse is finite
+  expect_matches<kBf16Dim128>(blind, false, [](Inputs& in, Cotangents& /*more*/) {
+    for (int64_t i = 0; i < 30 * 2 * 128; ++i) in.q.set(i, i % 2 == 0 ? kNaN : kInfinity);
   });
 }
 

@@ -100,6 +100,12 @@ struct AttentionBwdPrepare : AttentionBwdPass<kSpec> {
     return sum;
   }
 
+  // Whether the lse of a row of Q that is not finite may be finite: that of one that sees no key is its sink, and a
+  // soft cap makes infinite scores finite. Otherwise the lse tells.
+  static __device__ __forceinline__ bool hides_queries(const Params& params) {
+    return params.sinks.data != nullptr || params.softcap > 0.0f;
+  }
+
   static __device__ __forceinline__ void write_statistics(const Params& params, const Work& work, int row,
                                                           float product, bool is_finite) {
     const float lse = pointer_to<float>(params, params.lse, work, work.head)[row * params.lse.token];
@@ -121,15 +127,22 @@ struct AttentionBwdPrepare : AttentionBwdPass<kSpec> {
          inside += Base::kNumThreads / Base::kThreadsPerRow) {
       const int row = work.tile * Base::kRows + inside;
       float product = 0.0f;
-      int is_finite = 1;  // dO
+      int is_finite = 1;  // dO, and Q if need be
       if (row < params.q_len) {
         const char* out = Base::row_of(params, params.out, work, row);
         const char* dout = Base::row_of(params, params.dout, work, row);
-        for (int column = part * Base::kElementsPerChunk; column < params.head_dim_v;
-             column += Base::kThreadsPerRow * Base::kElementsPerChunk) {
+        constexpr int kStep = Base::kThreadsPerRow * Base::kElementsPerChunk;
+        for (int column = part * Base::kElementsPerChunk; column < params.head_dim_v; column += kStep) {
           const uint4 chunk = load_chunk(dout, params.dout.dim * Base::kElementBytes, column, params.head_dim_v);
           if (!Math::are_finite(chunk)) is_finite = 0;
           product += dot(load_chunk(out, params.out.dim * Base::kElementBytes, column, params.head_dim_v), chunk);
+        }
+        if (hides_queries(params)) {
+          const char* q = Base::row_of(params, params.q, work, row);
+          for (int column = part * Base::kElementsPerChunk; column < params.head_dim_qk; column += kStep) {
+            const uint4 chunk = load_chunk(q, params.q.dim * Base::kElementBytes, column, params.head_dim_qk);
+            if (!Math::are_finite(chunk)) is_finite = 0;
+          }
         }
       }
 #pragma unroll
@@ -166,6 +179,18 @@ struct AttentionBwdPrepare : AttentionBwdPass<kSpec> {
       const typename Math::A a = Math::make_a(out);
 #pragma unroll
       for (int half = 0; half < 2; ++half) sums[half].add_product(a, Math::make_b(dout[half], dout[2 + half]));
+    }
+    if (hides_queries(params)) {
+#pragma unroll 1
+      for (int column = lane & 3; column < params.head_dim_qk; column += 4) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const int row = first_row + half * 8;
+          if (row >= params.q_len) continue;
+          const char* at = Base::row_of(params, params.q, work, row) + column * params.q.dim * 4;
+          if ((*reinterpret_cast<const uint32*>(at) & 0x7f800000u) == 0x7f800000u) is_finite[half] = 0;
+        }
+      }
     }
 #pragma unroll
     for (int half = 0; half < 2; ++half) {

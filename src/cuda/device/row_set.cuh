@@ -2,6 +2,7 @@
 #pragma once
 
 #include "cuda/device/ptx.cuh"
+#include "cuda/device/score_math.cuh"
 
 namespace heed::cuda {
 
@@ -34,6 +35,33 @@ __device__ __forceinline__ void take_out_rows(uint32 tile, RowSet<Tile::kRows>& 
     if (taken.contains(row)) {
       ptx::store_shared_16(tile + Tile::offset(row, index % Tile::kChunks), {0, 0, 0, 0});
     }
+  }
+  __syncthreads();
+}
+
+// Rows with statistics, of which the first of two floats is not finite where the row is to be taken out: whether any of
+// those is that this thread has copied (each kNumThreads-th from its own on).
+template <int kRows, int kNumThreads>
+__device__ __forceinline__ bool has_special_row(uint32 statistics) {
+  bool has = false;
+  for (int row = ptx::thread_index(); row < kRows; row += kNumThreads) {
+    has = has || !(fabsf(__uint_as_float(ptx::load_shared_4(statistics + row * 8))) < kInfinity);
+  }
+  return has;
+}
+
+// Replaces such rows of two tiles by zeros. Called by the whole block, after a barrier. A function of its own, so that
+// it takes no registers from the usual case.
+template <class TileA, class TileB, int kNumThreads>
+__device__ __noinline__ void take_out_special_rows(uint32 a, uint32 b, uint32 statistics) {
+  constexpr int kChunks = TileA::kChunks + TileB::kChunks;
+#pragma unroll 1
+  for (int index = ptx::thread_index(); index < TileA::kRows * kChunks; index += kNumThreads) {
+    const int row = index / kChunks, chunk = index % kChunks;
+    if (fabsf(__uint_as_float(ptx::load_shared_4(statistics + row * 8))) < kInfinity) continue;
+    const uint32 at =
+        chunk < TileA::kChunks ? a + TileA::offset(row, chunk) : b + TileB::offset(row, chunk - TileA::kChunks);
+    ptx::store_shared_16(at, {0, 0, 0, 0});
   }
   __syncthreads();
 }

@@ -1,26 +1,21 @@
 // Attention backward, the main pass, for every GPU since Ampere: mma.sync, cp.async, ldmatrix. What comes before it
 // (statistics of rows) and after it (dQ in its own type) is in attention_bwd_passes.cuh.
 //
-// Where the time and the bytes go
-// -------------------------------
 // A block owns a tile of keys of one KV head, holds their dK and dV in registers and walks along the queries that see
-// them, of all query heads of the group. Five products a step:
-//   S^T = K Q^T,  dP^T = V dO^T,  dV += P^T dO,  dK += dS^T Q,  dQ = dS K.
+// them, of all heads of the group: S^T = K Q^T, dP^T = V dO^T, dV += P^T dO, dK += dS^T Q, dQ = dS K.
 //
-// Transposed scores. A warp's rows of S^T are keys: P^T and dS^T lie in its registers just as the left operands of dV
-// and dK want them, and only dS crosses warps, for dQ. Where that would leave a warp 16 keys (above head dim 64), warps
-// share 32 keys instead: each has a share of the queries, then of the head dims, and P crosses too. That halves how
-// often the same bytes of K, V, Q and dO are read from shared memory, which would be the limit otherwise.
+// Transposed scores. A warp's rows of S^T are keys: P^T and dS^T lie in its registers as dV and dK want their left
+// operands, and only dS crosses warps, for dQ. Where that would leave a warp 16 keys (above head dim 64), warps share
+// 32 keys instead: each has a share of the queries, then of the head dims, and P crosses too. That halves how often the
+// same bytes are read from shared memory, which would be the limit otherwise.
 //
-// Delayed use. What needs other warps' scores (dQ; dV and dK of shared keys) is done in the next step: one barrier a
-// step. Of the two warps of a scheduler one does that first and its own new scores last, the other the other way
-// around: one's softmax runs under the other's products.
+// Delayed use. What needs other warps' scores is done in the next step: one barrier a step. Of the two warps of a
+// scheduler one does that first, the other its own scores: one's softmax runs under the other's products.
 //
 // dQ. Blocks with other keys add to the same rows of dQ: float32 additions in L2, 16 bytes at a time (sm_90; 4 before),
 // into a workspace whose rows are ordered as accumulators are. Deterministic, they take turns at each tile of queries:
 // from the last keys that it sees to the first with a causal mask, so that a block's first tile is nobody else's turn,
-// and from the first to the last without one. Blocks number themselves as they start, so that one only ever waits for
-// others that run already.
+// else from the first to the last. Blocks number themselves as they start: one only waits for others that run already.
 #pragma once
 
 #include "cuda/device/element.cuh"
@@ -60,8 +55,11 @@ struct Sm80AttentionBwd {
   static constexpr int kNumChunks = kQRows / (kTile.split * kTile.q_chunk);
   // How many steps of K Q^T and of V dO^T the compiler may overlap: as many as there are registers for.
   static constexpr bool kIsPlain = kSpec.is_aligned && !kSpec.has_segment_ids && !kSpec.has_softcap && !kSpec.has_alibi;
-  static constexpr int kQkUnroll = kIsFloat32 ? 1 : kIsPlain && (kSpec.head_dim_qk > 64 || kDeviceArch == 90) ? 4 : 2;
-  static constexpr int kVUnroll = kIsFloat32 ? 1 : kIsPlain && kSpec.head_dim_v > 64 ? 4 : 2;
+  static constexpr bool kOverlapsMore = kIsPlain && (kDeviceArch == 90 || !kSpec.is_deterministic);
+  static constexpr int kQkUnroll = kIsFloat32                                                       ? 1
+                                   : kOverlapsMore && (kSpec.head_dim_qk > 64 || kDeviceArch == 90) ? 4
+                                                                                                    : 2;
+  static constexpr int kVUnroll = kIsFloat32 ? 1 : kOverlapsMore && kSpec.head_dim_v > 64 ? 4 : 2;
   // A warp's share of the head dims, in tiles of 8: pairs of them.
   static constexpr int kKDimTiles = round_up(kSpec.head_dim_qk, 16 * kTile.split) / 8 / kTile.split;
   static constexpr int kVDimTiles = round_up(kSpec.head_dim_v, 16 * kTile.split) / 8 / kTile.split;
@@ -103,6 +101,11 @@ struct Sm80AttentionBwd {
           part(warp % kTile.split) {}
   };
 
+  // A step of the loop over the group's heads and their queries.
+  struct Position {
+    int head, step;
+  };
+
   // What the steps read again from shared memory, so that it takes no registers while the products run.
   struct Kept {
     KeyWork work;
@@ -110,21 +113,24 @@ struct Sm80AttentionBwd {
     variants::Range keys;     // that take part, counted from the sequence's first
     variants::Range queries;  // that see any of them
     Steps steps;              // of queries
+    Position positions[4];
     const int* q_ids;
     const int* kv_ids;
     float slope_sums[kNumWarps];
     RowSet<kKvRows> taken;  // of K's tile
-
-    __device__ __forceinline__ int num_steps() const { return steps.end - steps.begin; }
   };
 
-  // A step of the loop over the group's heads and their queries.
-  struct Position {
-    int head, step;
-  };
+  // Where the loop is at a step: those of four neighbouring steps are kept. Thread 0 writes the next but one, which
+  // nobody reads before the next barrier.
   static __device__ __forceinline__ Position position_of(const Kept& kept, int index) {
-    const int num_steps = kept.num_steps();
-    return {kept.work.head + index / num_steps, kept.steps.begin + index % num_steps};
+    return kept.positions[index % 4];
+  }
+  static __device__ __forceinline__ void note_position(Kept& kept, int index) {
+    if (ptx::thread_index() != 0) return;
+    const Position before = kept.positions[(index + 3) % 4];
+    const bool ends_head = before.step + 1 >= kept.steps.end;
+    kept.positions[index % 4] = {ends_head ? before.head + 1 : before.head,
+                                 ends_head ? kept.steps.begin : before.step + 1};
   }
 
   // -------------------------------------------------------------------------------------------------------------------
@@ -174,34 +180,6 @@ struct Sm80AttentionBwd {
         ptx::store_shared_4(stage + kShared.ids + row * 4, static_cast<uint32>(id));
       }
     }
-  }
-
-  // A pair that is masked has weight 0, and 0 * NaN is NaN: rows that are not finite are kept out of the products. For
-  // K they are found when its tile is there (a row of K that some query sees has made that query's lse NaN). For Q and
-  // dO the statistics tell: that of a row that sees a key gives NaN to all that the row takes part in.
-
-  // Whether the statistics that this thread has copied say that a row is not finite.
-  static __device__ __forceinline__ bool has_taken_rows(uint32 stage) {
-    bool has = false;
-    for (int row = ptx::thread_index(); row < kQRows; row += kNumThreads) {
-      has = has || !(fabsf(__uint_as_float(ptx::load_shared_4(stage + kShared.statistics + row * 8))) < kInfinity);
-    }
-    return has;
-  }
-
-  // Called by the whole block, after a barrier. A function of its own, so that it takes no registers from the usual
-  // case.
-  static __device__ __noinline__ void take_out_queries(uint32 stage) {
-    constexpr int kChunks = QTile::kChunks + OTile::kChunks;
-#pragma unroll 1
-    for (int index = ptx::thread_index(); index < kQRows * kChunks; index += kNumThreads) {
-      const int row = index / kChunks, chunk = index % kChunks;
-      if (fabsf(__uint_as_float(ptx::load_shared_4(stage + kShared.statistics + row * 8))) < kInfinity) continue;
-      const uint32 at = chunk < QTile::kChunks ? stage + QTile::offset(row, chunk)
-                                               : stage + kShared.out_grad + OTile::offset(row, chunk - QTile::kChunks);
-      ptx::store_shared_16(at, {0, 0, 0, 0});
-    }
-    __syncthreads();
   }
 
   // -------------------------------------------------------------------------------------------------------------------
@@ -278,6 +256,12 @@ struct Sm80AttentionBwd {
     }
   }
 
+  // Those of the warp's keys that were taken out, a bit each.
+  static __device__ __forceinline__ uint32 taken_keys(const Kept& kept, const Lane& lane) {
+    const uint32 keys = kept.taken.words[lane.key_row >> 5] >> (lane.key_row & 31);
+    return kTile.rows_per_warp == 32 ? keys : keys & 0xffffu;
+  }
+
   // Probabilities of keys that a query does not see become 0.
   static __device__ __forceinline__ void mask(const Params& params, const Kept& kept, int first_key, int first_query,
                                               uint32 ids, const Lane& lane, Scores& p) {
@@ -301,6 +285,12 @@ struct Sm80AttentionBwd {
       for_all(p, [&](float& x, int row_tile, int half, int tile, int e) {
         const int id = static_cast<int>(ptx::load_shared_4(ids + (tile * 8 + lane.column + e) * 4));
         if (!variants::same_segment(id, kv_ids[row_tile * 2 + half])) x = 0.0f;
+      });
+    }
+    const uint32 taken = taken_keys(kept, lane) >> lane.row;
+    if (taken != 0) {
+      for_all(p, [&](float& x, int row_tile, int half, int, int) {
+        if ((taken >> (row_tile * 16 + half * 8) & 1) != 0 && x != 0.0f) x = kNaN;
       });
     }
   }
@@ -337,7 +327,9 @@ struct Sm80AttentionBwd {
   template <class ATile, class BTile, int kSteps, int kUnroll>
   static __device__ __forceinline__ void multiply_rows(uint32 a, int row, uint32 b, const Lane& lane, Scores& scores) {
     const LaneReader<ATile> rows(a, row + (lane.lane & 15), lane.lane >> 4);
-    const LaneReader<BTile> columns(b, (lane.lane & 7) + (lane.lane >> 4) * 8, lane.lane >> 3 & 1);
+    // Of 8 queries there is only the left half of what an instruction reads: both halves read that one.
+    const int column = (lane.lane & 7) + (kChunkTiles > 1 ? (lane.lane >> 4) * 8 : 0);
+    const LaneReader<BTile> columns(b, column, lane.lane >> 3 & 1);
     if constexpr (kIsFloat32) {
       multiply_transposed_float32<Math, kSteps, kUnroll>(rows, columns, scores);
     } else {
@@ -371,7 +363,6 @@ struct Sm80AttentionBwd {
     }
   }
 
-  // Where a thread's two neighbours of one row lie in the score tile.
   static __device__ __forceinline__ void store_pair(uint32 tile, int row, int column, float low, float high) {
     if constexpr (kIsFloat32) {
       ptx::store_shared_8(tile + ScoreTile::offset(row, column / 4) + column % 4 * 4, __float_as_uint(low),
@@ -425,7 +416,7 @@ struct Sm80AttentionBwd {
       make_probabilities(params, kept, slope, first_key, first_query, statistics, lane, p, cap_slopes);
       const variants::Range all = kept.band.queries_of_all({first_key, first_key + kTile.rows_per_warp});
       if (kSpec.has_segment_ids || keys.end - keys.begin < kTile.rows_per_warp || queries.begin < all.begin ||
-          queries.end > all.end) {
+          queries.end > all.end || taken_keys(kept, lane) != 0) {
         mask(params, kept, first_key, first_query, stage + kShared.ids + column * 4, lane, p);
       }
       multiply_rows<VTile, OTile, kSpec.head_dim_v / kStepElements, kVUnroll>(memory + kShared.v, lane.key_row,
@@ -508,7 +499,6 @@ struct Sm80AttentionBwd {
     }
   }
 
-  // -------------------------------------------------------------------------------------------------------------------
   // -------------------------------------------------------------------------------------------------------------------
   // Finish.
 
@@ -622,7 +612,11 @@ struct Sm80AttentionBwd {
                                           params.q_segment_ids.token, seen);
       }
     }
-    if (threadIdx.x == 0) kept.steps = Steps::touching(seen);
+    if (threadIdx.x == 0) {
+      kept.steps = Steps::touching(seen);
+      kept.positions[0] = {kept.work.head, kept.steps.begin};
+      note_position(kept, 1);
+    }
     __syncthreads();
     const uint32 memory = ptx::shared_address(shared_memory);
     const int num_keys = static_cast<int>(kept.keys.end - kept.keys.begin);
@@ -634,7 +628,7 @@ struct Sm80AttentionBwd {
     VSums dv;
     clear(dk);
     clear(dv);
-    const int num_steps = kept.num_steps() * params.group;
+    const int num_steps = (kept.steps.end - kept.steps.begin) * params.group;
     if (num_steps > 0) copy_step(params, kept, position_of(kept, 0), stage_of(0));
     ptx::cp_async_commit();
     Turn turn;
@@ -648,8 +642,15 @@ struct Sm80AttentionBwd {
 #pragma unroll 1
     for (int index = 0; index < num_steps; ++index) {
       ptx::cp_async_wait<0>();
-      if (__syncthreads_or(has_taken_rows(stage_of(index))) != 0) take_out_queries(stage_of(index));
+      // A pair that is masked has weight 0, and 0 * NaN is NaN: rows that are not finite are kept out of the products,
+      // and what is visible of them has the weight NaN. For K they are found when its tile is there; for Q and dO the
+      // statistics tell.
+      const uint32 stage = stage_of(index), statistics = stage + kShared.statistics;
+      if (__syncthreads_or(has_special_row<kQRows, kNumThreads>(statistics)) != 0) {
+        take_out_special_rows<QTile, OTile, kNumThreads>(stage, stage + kShared.out_grad, statistics);
+      }
       if (index == 0) take_out_rows<KTile, Math, kNumThreads>(memory, kept.taken);
+      note_position(kept, index + 2);
       if (kTile.num_stages > 1) {
         if (index + 1 < num_steps) copy_step(params, kept, position_of(kept, index + 1), stage_of(index + 1));
         ptx::cp_async_commit();
@@ -677,7 +678,7 @@ struct Sm80AttentionBwd {
           add_dq(params, kept, position_of(kept, index), scores_of(index), turn);
         }
       }
-      if (kSpec.has_alibi && (index + 1) % kept.num_steps() == 0) {
+      if (kSpec.has_alibi && position_of(kept, index).step + 1 == kept.steps.end) {
         write_slope_sum(params, kept, position_of(kept, index).head, slope_sum);
         slope_sum = 0.0f;
       }

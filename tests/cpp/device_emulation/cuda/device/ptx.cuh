@@ -10,7 +10,12 @@ namespace heed::cuda {
 
 using uint32 = unsigned int;
 using device_emulation::shared_memory;
+// Which architecture's tiles are emulated.
+#ifdef HEED_EMULATED_ARCH
+inline constexpr int kDeviceArch = HEED_EMULATED_ARCH;
+#else
 inline constexpr int kDeviceArch = 90;
+#endif
 
 namespace ptx {
 
