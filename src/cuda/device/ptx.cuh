@@ -9,7 +9,9 @@ using uint32 = unsigned int;
 inline constexpr int kDeviceArch = __CUDA_ARCH__ / 10;
 
 // What the launch asks for; each kernel lays it out itself.
-extern __shared__ __align__(128) char shared_memory[];
+extern __shared__ __align__(1024) char shared_memory[];
+// The same for kernels that have none to spare: static memory comes first, padded to a multiple of the alignment.
+extern __shared__ __align__(128) char tight_shared_memory[];
 
 namespace ptx {
 

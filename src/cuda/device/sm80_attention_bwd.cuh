@@ -392,7 +392,7 @@ struct Sm80AttentionBwd {
   static __device__ __forceinline__ void add_pairs(const Params& params, const Kept& kept, Position at, uint32 stage,
                                                    uint32 score_tiles, float& slope_sum, KSums& dk, VSums& dv) {
     const Lane lane;
-    const uint32 memory = ptx::shared_address(shared_memory);
+    const uint32 memory = ptx::shared_address(tight_shared_memory);
     const float slope = kSpec.has_alibi ? *pointer_to<float>(params, params.alibi_slopes, kept.work, at.head) : 0.0f;
     const int first_key = kept.work.k_begin + lane.key_row;
     const variants::Range keys = variants::intersect({first_key, first_key + kTile.rows_per_warp}, kept.keys);
@@ -479,7 +479,7 @@ struct Sm80AttentionBwd {
       const int row = item / kDqParts * kDqRows, first_pair = item % kDqParts * (kDqDimTiles / 2);
       Accumulator dq[kDqRowTiles][kDqDimTiles];
       clear(dq);
-      multiply_tile<KTile, true>(score_tiles, row, ptx::shared_address(shared_memory), first_pair, lane, dq);
+      multiply_tile<KTile, true>(score_tiles, row, ptx::shared_address(tight_shared_memory), first_pair, lane, dq);
       const int query = at.step * kQRows + row + lane.row;
       float* to = workspace_of(params, kept.work, at.head) + params.layout.dq +
                   static_cast<long long>(kept.work.q_token + query) * params.layout.dq_row + first_pair * 16 +
@@ -593,10 +593,10 @@ struct Sm80AttentionBwd {
   }
 
   static __device__ __forceinline__ uint32 stage_of(int index) {
-    return ptx::shared_address(shared_memory) + kShared.stages + index % kTile.num_stages * kShared.stage_bytes;
+    return ptx::shared_address(tight_shared_memory) + kShared.stages + index % kTile.num_stages * kShared.stage_bytes;
   }
   static __device__ __forceinline__ uint32 scores_of(int index) {
-    return ptx::shared_address(shared_memory) + kShared.scores +
+    return ptx::shared_address(tight_shared_memory) + kShared.scores +
            (kTile.is_delayed ? index % 2 * kShared.score_bytes : 0);
   }
 
@@ -618,7 +618,7 @@ struct Sm80AttentionBwd {
       note_position(kept, 1);
     }
     __syncthreads();
-    const uint32 memory = ptx::shared_address(shared_memory);
+    const uint32 memory = ptx::shared_address(tight_shared_memory);
     const int num_keys = static_cast<int>(kept.keys.end - kept.keys.begin);
     copy<KTile>(params, params.k, kept.work, kept.work.kv_head, kept.work.k_token + kept.work.k_begin, memory, num_keys,
                 params.head_dim_qk);

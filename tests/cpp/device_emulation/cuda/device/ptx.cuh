@@ -10,6 +10,7 @@ namespace heed::cuda {
 
 using uint32 = unsigned int;
 using device_emulation::shared_memory;
+inline auto& tight_shared_memory = device_emulation::shared_memory;
 // Which architecture's tiles are emulated.
 #ifdef HEED_EMULATED_ARCH
 inline constexpr int kDeviceArch = HEED_EMULATED_ARCH;
