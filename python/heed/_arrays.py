@@ -153,8 +153,9 @@ class DLPackOps:
         try:
             return tvm_ffi.from_dlpack(_cupy_capsule(value) if self.kind == "cupy" else value)
         except (BufferError, RuntimeError, TypeError, ValueError) as error:
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]  # some go on with native frames
             raise TypeError(
-                f"{name}: got an array that DLPack cannot share, expected one that it can: {error}"
+                f"{name}: got an array that DLPack cannot share, expected one that it can: {reason}"
             ) from None
 
     def empty(self, shape: tuple[int, ...], dtype: str) -> Any:
