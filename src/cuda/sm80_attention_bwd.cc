@@ -21,17 +21,10 @@ Sm80AttentionBwdSpec make_spec(const AttentionBwdProblem& problem, bool is_align
   const AttentionProblem& forward = problem.forward;
   Sm80AttentionBwdSpec spec;
   spec.element = element_of(forward.dtype);
-  const int step = 32 / bytes_of(spec.element);
+  // Accumulators come in pairs of 8 columns. Above 128 coarser steps do: fewer kernels.
+  const int step = std::max(forward.head_dim_qk, forward.head_dim_v) > 128 ? 32 : 16;
   spec.head_dim_qk = round_up(static_cast<int>(forward.head_dim_qk), step);
   spec.head_dim_v = round_up(static_cast<int>(forward.head_dim_v), step);
-  // Two warps divide the head dims above 128, in pairs of 16-bit steps.
-  if (std::max(spec.head_dim_qk, spec.head_dim_v) > 128) {
-    spec.head_dim_qk = round_up(spec.head_dim_qk, 32);
-    spec.head_dim_v = round_up(spec.head_dim_v, 32);
-  } else {
-    spec.head_dim_qk = round_up(spec.head_dim_qk, 16);
-    spec.head_dim_v = round_up(spec.head_dim_v, 16);
-  }
   spec.is_aligned = is_aligned;
   spec.is_varlen = forward.is_varlen;
   spec.has_segment_ids = forward.has_segment_ids;

@@ -11,7 +11,7 @@ namespace heed::cuda {
 // values.
 struct Sm80AttentionBwdSpec {
   Element element = Element::kBFloat16;
-  int head_dim_qk = 128;   // rounded up to what one instruction step takes (32 bytes)
+  int head_dim_qk = 128;   // rounded up to a multiple of 16, or of 32 if one of both is above 128
   int head_dim_v = 128;    // rounded up likewise
   bool is_aligned = true;  // rows start at multiples of 16 bytes and their elements are adjacent: copied asynchronously
   bool is_varlen = false;
@@ -100,7 +100,7 @@ inline constexpr int kBwdPassRows = 64;
 // What one query head of one batch row (of all sequences, with variable lengths) has of the workspace, in floats.
 struct AttentionBwdWorkspace {
   // First, [q_len][2]: the lse, in the units of the exponents, +inf for a row that takes no part and NaN for one whose
-  // lse or dO is not finite; and rowsum(dO * O) - dlse.
+  // lse, dO or, where the lse does not tell, Q is not finite; and rowsum(dO * O) - dlse.
   long long dq;  // [q_len][dq_row], sums of dQ / scale; the elements of 16 columns in the order of accumulators
   // int [..]: a counter of blocks, then how many tiles of keys have added to each part of a tile of queries.
   long long turns;
