@@ -133,7 +133,6 @@ struct Sm80AttentionBwd {
                                  ends_head ? kept.steps.begin : before.step + 1};
   }
 
-  // -------------------------------------------------------------------------------------------------------------------
   // Load.
 
   static __device__ __forceinline__ const char* rows_of(const Params& params, const DeviceOperand& operand,
@@ -182,7 +181,6 @@ struct Sm80AttentionBwd {
     }
   }
 
-  // -------------------------------------------------------------------------------------------------------------------
   // Scores.
 
   // Calls f(score, row tile, half, query tile, which of the thread's two columns).
@@ -320,7 +318,6 @@ struct Sm80AttentionBwd {
     return slope_sum;
   }
 
-  // -------------------------------------------------------------------------------------------------------------------
   // Products.
 
   // scores = rows of A times rows of B, both in shared memory: keys by queries.
@@ -384,7 +381,6 @@ struct Sm80AttentionBwd {
     }
   }
 
-  // -------------------------------------------------------------------------------------------------------------------
   // A step.
 
   // What a warp's keys and the step's queries give to dK and dV; dS^T, and P^T if warps share keys, go to shared
@@ -454,7 +450,6 @@ struct Sm80AttentionBwd {
     turn.begin(counters + (first + at.step) * kTurnsPerTile + item, num_before);
   }
 
-  // -------------------------------------------------------------------------------------------------------------------
   // What needs the scores of other warps.
 
   // What the warps that share keys do with the scores that all of them have made.
@@ -499,7 +494,6 @@ struct Sm80AttentionBwd {
     }
   }
 
-  // -------------------------------------------------------------------------------------------------------------------
   // Finish.
 
   // One gradient of the block's keys: accumulators -> shared memory -> the rows that exist.
@@ -554,8 +548,6 @@ struct Sm80AttentionBwd {
     }
     __syncthreads();
   }
-
-  // -------------------------------------------------------------------------------------------------------------------
 
   // Finds the block's work. Returns false if there is none.
   static __device__ __forceinline__ bool find_work(const Params& params, Kept& kept) {
@@ -634,10 +626,17 @@ struct Sm80AttentionBwd {
     Turn turn;
     float slope_sum = 0.0f;
     const bool is_other = kAlternates && (ptx::thread_index() >> 7) != 0;
-    // What is done with the scores of a step: dK and dV if warps share keys, and dQ.
+    // What is done with the scores of a step: dK and dV if warps share keys, and dQ. Where all warps do that at once,
+    // half of them begin with dQ: its additions to L2 run under the others' products.
     const auto use_scores = [&](int index) {
-      if constexpr (kIsSplit) add_shared_pairs(stage_of(index), scores_of(index), dk, dv);
-      add_dq(params, kept, position_of(kept, index), scores_of(index), turn);
+      constexpr bool kSwaps = kIsSplit && !kTile.is_delayed && kNumWarps == 8;
+      const bool is_dq_first = kSwaps && (ptx::thread_index() >> 7) != 0;
+#pragma unroll 1
+      for (int round = 0; round < (kSwaps ? 2 : 1); ++round) {
+        const bool is_dq = (round == 0) == is_dq_first;
+        if (kIsSplit && (!kSwaps || !is_dq)) add_shared_pairs(stage_of(index), scores_of(index), dk, dv);
+        if (!kSwaps || is_dq) add_dq(params, kept, position_of(kept, index), scores_of(index), turn);
+      }
     };
 #pragma unroll 1
     for (int index = 0; index < num_steps; ++index) {
