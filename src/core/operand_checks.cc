@@ -1,10 +1,17 @@
 // Checks of operands against each other.
 #include "core/operand_checks.h"
 
+#include <cmath>
+#include <functional>
+#include <limits>
+#include <numeric>
+
+#include "core/dtype.h"
+
 namespace heed {
 namespace {
 
-std::string describe(std::initializer_list<Dim*> dims, size_t num_lead) {
+std::string describe(std::span<Dim* const> dims, size_t num_lead) {
   std::string text = "rank " + std::to_string(num_lead + dims.size()) + ": [";
   if (num_lead > 0) text += std::to_string(num_lead) + " leading axes, ";
   bool is_first = true;
@@ -38,7 +45,59 @@ void value_error(std::string_view tensor, const std::string& got, const std::str
   throw ValueError(std::string(tensor) + ": got " + got + ", expected " + expected);
 }
 
-void OperandChecks::bind(std::string_view name, const TensorSpec& spec, std::initializer_list<Dim*> dims,
+DType check_float_dtype(std::string_view name, const TensorSpec& spec) {
+  if (!spec.present) value_error(name, "nothing", "a tensor");
+  const DTypeInfo* dtype = find_dtype(spec.dtype);
+  if (dtype == nullptr || !dtype->is_float) {
+    throw TypeError(std::string(name) + ": got dtype " + spec.dtype + ", expected float32, float16 or bfloat16");
+  }
+  return dtype->dtype;
+}
+
+void check_head_dim(std::string_view tensor, std::string_view dim, int64_t size) {
+  if (size < 1 || size > kMaxHeadDim) {
+    value_error(tensor, std::string(dim) + " " + std::to_string(size), "1 to " + std::to_string(kMaxHeadDim));
+  }
+}
+
+void check_head_counts(int64_t num_q_heads, int64_t num_kv_heads) {
+  if (num_q_heads < 1) value_error("q", "num_q_heads 0", "1 or more");
+  if (num_kv_heads < 1) value_error("k", "num_kv_heads 0", "1 or more");
+  if (num_q_heads % num_kv_heads != 0) {
+    value_error("q", "num_q_heads " + std::to_string(num_q_heads),
+                "a multiple of num_kv_heads " + std::to_string(num_kv_heads) + " of k");
+  }
+}
+
+void check_enumerator(std::string_view name, int value, int last, std::string_view type) {
+  if (value > last) value_error(name, std::to_string(value), "one of heed::" + std::string(type));
+}
+
+void check_backend(Backend backend) {
+  check_enumerator("backend", static_cast<int>(backend), static_cast<int>(Backend::kSm90), "Backend");
+}
+
+void check_absent(std::string_view name, const TensorSpec& spec, const std::string& expected) {
+  if (spec.present) value_error(name, "a tensor", expected);
+}
+
+void check_finite(std::string_view name, double value) {
+  if (!std::isfinite(value) || std::abs(value) > std::numeric_limits<float>::max()) {
+    value_error(name, std::isnan(value) ? "nan" : std::to_string(value), "a finite number");
+  }
+}
+
+void check_positive(std::string_view name, double value) {
+  check_finite(name, value);
+  if (value <= 0) value_error(name, std::to_string(value), "a positive number");
+}
+
+void check_softcap(double value) {
+  check_finite("softcap", value);
+  if (value < 0) value_error("softcap", std::to_string(value), "0 (off) or a positive number");
+}
+
+void OperandChecks::bind(std::string_view name, const TensorSpec& spec, std::span<Dim* const> dims,
                          std::string_view dtype, std::string_view whose_dtype) {
   if (!spec.present) value_error(name, "nothing", "a tensor");
   if (spec.dtype != dtype) {
@@ -90,6 +149,10 @@ void check_problem_sizes(const AttentionProblem& problem) {
   check_sizes("k", append(problem.lead, {rows, problem.kv_len, problem.num_kv_heads, kMaxHeadDim}));
   check_sizes("q", append(problem.lead, {rows, problem.q_len, problem.num_q_heads, kMaxHeadDim}));
   check_sizes("cu_seqlens_q", append(problem.lead, {problem.batch, problem.num_q_heads}));
+}
+
+int64_t product(const std::vector<int64_t>& sizes) {
+  return std::accumulate(sizes.begin(), sizes.end(), int64_t{1}, std::multiplies<>());
 }
 
 std::vector<int64_t> append(std::vector<int64_t> shape, std::initializer_list<int64_t> more) {

@@ -12,14 +12,6 @@ namespace {
 constexpr std::string_view kBackendNames[] = {"auto", "cpu", "sm80", "sm90"};
 constexpr std::string_view kAlignNames[] = {"bottom_right", "top_left"};
 
-std::string to_hex(double value) {
-  if (std::isnan(value)) return "nan";
-  if (std::isinf(value)) return value > 0 ? "inf" : "-inf";
-  char buffer[40];
-  auto [end, error] = std::to_chars(buffer, buffer + sizeof(buffer), std::abs(value), std::chars_format::hex);
-  return (std::signbit(value) ? "-0x" : "0x") + std::string(buffer, end);
-}
-
 std::string shape_text(const std::vector<int64_t>& shape) {
   std::string text = "[";
   for (size_t i = 0; i < shape.size(); ++i) text += (i == 0 ? "" : ",") + std::to_string(shape[i]);
@@ -89,6 +81,23 @@ void TextReader::expect_end() const {
   if (at_ != text_.size()) fail("the end of the text");
 }
 
+std::string to_hex(double value) {
+  if (std::isnan(value)) return "nan";
+  if (std::isinf(value)) return value > 0 ? "inf" : "-inf";
+  char buffer[40];
+  auto [end, error] = std::to_chars(buffer, buffer + sizeof(buffer), std::abs(value), std::chars_format::hex);
+  return (std::signbit(value) ? "-0x" : "0x") + std::string(buffer, end);
+}
+
+std::string backend_field(Backend backend) {
+  return ";backend=" + std::string(kBackendNames[static_cast<int>(backend)]);
+}
+
+Backend read_backend(TextReader& reader) {
+  reader.expect(";backend=");
+  return static_cast<Backend>(reader.one_of(kBackendNames, "auto, cpu, sm80 or sm90"));
+}
+
 std::string operand_fields(std::span<const std::string_view> names, std::span<const TensorSpec> specs) {
   std::string text;
   for (size_t i = 0; i < specs.size(); ++i) {
@@ -115,8 +124,7 @@ std::string option_fields(const AttentionOptions& options, bool is_varlen, const
   text += ";softcap=" + to_hex(options.softcap);
   if (wants_lse != nullptr) text += *wants_lse ? ";lse=1" : ";lse=0";
   text += options.deterministic ? ";deterministic=1" : ";deterministic=0";
-  text += ";backend=" + std::string(kBackendNames[static_cast<int>(options.backend)]);
-  return text;
+  return text + backend_field(options.backend);
 }
 
 void read_options(TextReader& reader, AttentionOptions& options, bool is_varlen, bool* wants_lse) {
@@ -144,8 +152,7 @@ void read_options(TextReader& reader, AttentionOptions& options, bool is_varlen,
   }
   reader.expect(";deterministic=");
   options.deterministic = reader.flag();
-  reader.expect(";backend=");
-  options.backend = static_cast<Backend>(reader.one_of(kBackendNames, "auto, cpu, sm80 or sm90"));
+  options.backend = read_backend(reader);
 }
 
 }  // namespace heed

@@ -40,6 +40,13 @@ class TextReader {
   size_t at_ = 0;
 };
 
+// Exact: hexadecimal, "inf" or "nan".
+std::string to_hex(double value);
+
+// ";backend=auto", the last field of every text.
+std::string backend_field(Backend backend);
+Backend read_backend(TextReader& reader);
+
 // ";name=dtype[sizes]" for each operand that is there.
 std::string operand_fields(std::span<const std::string_view> names, std::span<const TensorSpec> specs);
 void read_operands(TextReader& reader, std::span<const std::string_view> names, std::span<TensorSpec> specs);

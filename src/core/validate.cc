@@ -1,39 +1,21 @@
 // The checks that every face shares. Each message names the tensor, what it got and what was expected.
 #include <algorithm>
 #include <cmath>
-#include <limits>
 #include <string_view>
 #include <utility>
 
-#include "core/dtype.h"
 #include "core/operand_checks.h"
 #include "core/problem.h"
 
 namespace heed {
 namespace {
 
-void check_float(std::string_view name, double value) {
-  if (!std::isfinite(value) || std::abs(value) > std::numeric_limits<float>::max()) {
-    value_error(name, std::isnan(value) ? "nan" : std::to_string(value), "a finite number");
-  }
-}
-
-void check_head_dim(std::string_view tensor, const Dim& dim) {
-  if (dim.size < 1 || dim.size > kMaxHeadDim) {
-    value_error(tensor, std::string(dim.name) + " " + std::to_string(dim.size), "1 to " + std::to_string(kMaxHeadDim));
-  }
-}
-
 void check_options(const AttentionOptions& options, bool is_varlen) {
-  if (options.causal_align > CausalAlign::kTopLeft) {
-    value_error("causal_align", std::to_string(static_cast<int>(options.causal_align)), "one of heed::CausalAlign");
-  }
-  if (options.backend > Backend::kSm90) {
-    value_error("backend", std::to_string(static_cast<int>(options.backend)), "one of heed::Backend");
-  }
-  if (options.softmax_scale) check_float("softmax_scale", *options.softmax_scale);
-  check_float("softcap", options.softcap);
-  if (options.softcap < 0) value_error("softcap", std::to_string(options.softcap), "0 (off) or a positive number");
+  check_enumerator("causal_align", static_cast<int>(options.causal_align), static_cast<int>(CausalAlign::kTopLeft),
+                   "CausalAlign");
+  check_backend(options.backend);
+  if (options.softmax_scale) check_finite("softmax_scale", *options.softmax_scale);
+  check_softcap(options.softcap);
   if (options.window_left < -1 || options.window_right < -1) {
     value_error("window_size",
                 "(" + std::to_string(options.window_left) + ", " + std::to_string(options.window_right) + ")",
@@ -122,26 +104,17 @@ Dims bind_operands(Checker& checker, const AttentionRequest& request) {
 
 AttentionProblem validate(const AttentionRequest& request) {
   const auto& operands = request.operands;
-  const TensorSpec& q = operands[kQ];
-  const DTypeInfo* dtype = find_dtype(q.dtype);
-  if (q.present && (dtype == nullptr || !dtype->is_float)) {
-    throw TypeError("q: got dtype " + q.dtype + ", expected float32, float16 or bfloat16");
-  }
+  const DType dtype = check_float_dtype("q", operands[kQ]);
   Checker checker(request);
   const Dims dims = bind_operands(checker, request);
-  check_head_dim("q", dims.head_dim);
-  check_head_dim("v", dims.head_dim_v);
-  if (dims.q_heads.size < 1) value_error("q", "num_q_heads 0", "1 or more");
-  if (dims.kv_heads.size < 1) value_error("k", "num_kv_heads 0", "1 or more");
-  if (dims.q_heads.size % dims.kv_heads.size != 0) {
-    value_error("q", "num_q_heads " + std::to_string(dims.q_heads.size),
-                "a multiple of num_kv_heads " + std::to_string(dims.kv_heads.size) + " of k");
-  }
+  check_head_dim("q", dims.head_dim.name, dims.head_dim.size);
+  check_head_dim("v", dims.head_dim_v.name, dims.head_dim_v.size);
+  check_head_counts(dims.q_heads.size, dims.kv_heads.size);
   const AttentionOptions& options = request.options;
   check_options(options, dims.is_varlen);
 
   AttentionProblem problem;
-  problem.dtype = dtype->dtype;
+  problem.dtype = dtype;
   problem.lead = checker.lead;
   problem.is_varlen = dims.is_varlen;
   problem.batch = dims.batch.size;
