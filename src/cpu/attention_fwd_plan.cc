@@ -41,6 +41,19 @@ Operand head_operand(const TensorView& view, int num_lead_axes, bool is_varlen) 
   return make_operand(view, num_lead_axes, {&Operand::batch, &Operand::head});
 }
 
+SoftCap make_soft_cap(double softcap, double scale) {
+  // Beyond 1e30 a cap changes no float32 score that it does not flush to zero in the division. Below the smallest
+  // normal float it would itself be flushed, and there all scores are 0 to float32.
+  SoftCap result;
+  result.is_on = softcap > 0.0 && softcap < 1e30;
+  if (!result.is_on) return result;
+  constexpr double kSmallest = std::numeric_limits<float>::min();
+  constexpr double kLargest = std::numeric_limits<float>::max();
+  result.cap = static_cast<float>(std::max(softcap, kSmallest));
+  result.scale_over_cap = static_cast<float>(std::clamp(scale / softcap, -kLargest, kLargest));
+  return result;
+}
+
 ForwardPlan make_forward_plan(const AttentionProblem& problem, const AttentionForwardArgs& args) {
   ForwardPlan plan;
   plan.dtype = problem.dtype;
@@ -77,15 +90,10 @@ ForwardPlan make_forward_plan(const AttentionProblem& problem, const AttentionFo
   plan.is_bottom_right = problem.causal_align == CausalAlign::kBottomRight;
   plan.scale = std::abs(problem.softmax_scale);
   plan.negates_q = problem.softmax_scale < 0.0;
-  // Beyond 1e30 a cap changes no float32 score that it does not flush to zero in the division. Below the smallest
-  // normal float it would itself be flushed, and there all scores are 0 to float32.
-  plan.has_softcap = problem.softcap > 0.0 && problem.softcap < 1e30;
-  if (plan.has_softcap) {
-    constexpr double kSmallest = std::numeric_limits<float>::min();
-    plan.softcap = static_cast<float>(std::max(problem.softcap, kSmallest));
-    plan.scale_over_cap = static_cast<float>(
-        std::min(plan.scale / problem.softcap, static_cast<double>(std::numeric_limits<float>::max())));
-  }
+  const SoftCap soft_cap = make_soft_cap(problem.softcap, plan.scale);
+  plan.has_softcap = soft_cap.is_on;
+  plan.softcap = soft_cap.cap;
+  plan.scale_over_cap = soft_cap.scale_over_cap;
   // A scale near 0 must not meet the -inf of a masked score, and one near the largest float must not overflow when it
   // becomes the factor of a base-2 exponent.
   plan.has_score_transform =

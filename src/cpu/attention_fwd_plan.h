@@ -25,6 +25,14 @@ inline void advance(Operand& operand, int64_t elements) {
   if (operand.data != nullptr) operand.data = static_cast<T*>(operand.data) + elements;
 }
 
+// Soft cap of scores: cap * tanh(scale_over_cap * product).
+struct SoftCap {
+  bool is_on = false;
+  float cap = 0.0f;             // a normal number if on
+  float scale_over_cap = 0.0f;  // finite
+};
+SoftCap make_soft_cap(double softcap, double scale);
+
 struct ForwardPlan {
   DType dtype{};
   int num_lead_axes = 0;

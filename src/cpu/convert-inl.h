@@ -25,7 +25,8 @@ HWY_BEFORE_NAMESPACE();
 namespace heed::cpu::HWY_NAMESPACE {
 namespace hn = hwy::HWY_NAMESPACE;
 
-// Storage types. Each has load(d, p): Lanes(d) elements as floats, and store(v, d, p).
+// Storage types. Each has load(d, p): Lanes(d) elements as floats, store(v, d, p), and store_pair(v0, v1, d, p): two
+// vectors of them.
 struct Float32 {
   using Stored = float;
   template <class D>
@@ -35,6 +36,11 @@ struct Float32 {
   template <class D>
   static HWY_INLINE void store(hn::Vec<D> v, D d, Stored* HWY_RESTRICT to) {
     hn::StoreU(v, d, to);
+  }
+  template <class D>
+  static HWY_INLINE void store_pair(hn::Vec<D> v0, hn::Vec<D> v1, D d, Stored* HWY_RESTRICT to) {
+    store(v0, d, to);
+    store(v1, d, to + hn::Lanes(d));
   }
 };
 
@@ -51,12 +57,29 @@ struct BFloat16 {
     const hn::RebindToUnsigned<D> du;
     const hn::RebindToSigned<D> di;
     const hn::Rebind<uint16_t, D> du16;
+    hn::StoreU(hn::DemoteTo(du16, hn::BitCast(di, hn::ShiftRight<16>(rounded(du, v)))), du16, to);
+  }
+  template <class D>
+  static HWY_INLINE void store_pair(hn::Vec<D> v0, hn::Vec<D> v1, [[maybe_unused]] D d, Stored* HWY_RESTRICT to) {
+#if HWY_TARGET == HWY_SCALAR
+    store(v0, d, to);
+    store(v1, d, to + 1);
+#else
+    const hn::RebindToUnsigned<D> du;
+    const hn::Repartition<uint16_t, D> du16;
+    hn::StoreU(hn::ConcatOdd(du16, hn::BitCast(du16, rounded(du, v1)), hn::BitCast(du16, rounded(du, v0))), du16, to);
+#endif
+  }
+
+ private:
+  // The upper 16 bits of each float, rounded.
+  template <class DU, class V>
+  static HWY_INLINE hn::Vec<DU> rounded(DU du, V v) {
     const auto bits = hn::BitCast(du, v);
     const auto is_odd = hn::And(hn::ShiftRight<16>(bits), hn::Set(du, 1u));
-    const auto rounded = hn::ShiftRight<16>(hn::Add(bits, hn::Add(is_odd, hn::Set(du, 0x7FFFu))));
-    const auto quiet_nan = hn::Or(hn::ShiftRight<16>(bits), hn::Set(du, 0x40u));
-    const auto is_nan = hn::RebindMask(du, hn::Ne(v, v));
-    hn::StoreU(hn::DemoteTo(du16, hn::BitCast(di, hn::IfThenElse(is_nan, quiet_nan, rounded))), du16, to);
+    const auto nearest = hn::Add(bits, hn::Add(is_odd, hn::Set(du, 0x7FFFu)));
+    const auto quiet_nan = hn::Or(bits, hn::Set(du, 0x400000u));
+    return hn::IfThenElse(hn::RebindMask(du, hn::Ne(v, v)), quiet_nan, nearest);
   }
 };
 
@@ -114,6 +137,11 @@ struct Float16 {
     hn::StoreU(hn::DemoteTo(du16, hn::BitCast(di, hn::Or(result, sign))), du16, to);
 #endif
   }
+  template <class D>
+  static HWY_INLINE void store_pair(hn::Vec<D> v0, hn::Vec<D> v1, D d, Stored* HWY_RESTRICT to) {
+    store(v0, d, to);
+    store(v1, d, to + hn::Lanes(d));
+  }
 };
 
 // Calls op(d, index) on vectors that cover [0, count). The last one may overlap the one before it; below one vector it
@@ -129,6 +157,37 @@ HWY_INLINE void for_vectors(D d, size_t count, const Op& op) {
   size_t i = 0;
   for (; i + lanes <= count; i += lanes) op(d, i);
   if (i < count) op(d, count - lanes);
+}
+
+template <int kCount>
+struct VectorCount {
+  static constexpr int value = kCount;
+};
+
+// Calls op(d, index, n) on groups of n.value adjacent vectors, 2 or 1, that cover [0, count); otherwise as
+// for_vectors(). Two at a time, because that is how 16-bit elements are stored at less cost.
+template <class D, class Op>
+HWY_INLINE void for_vector_pairs(D d, size_t count, const Op& op) {
+  const size_t lanes = hn::Lanes(d);
+  if (count < lanes) {
+    const hn::CappedTag<hn::TFromD<D>, 1> d1;
+    for (size_t i = 0; i < count; ++i) op(d1, i, VectorCount<1>());
+    return;
+  }
+  size_t i = 0;
+  for (; i + 2 * lanes <= count; i += 2 * lanes) op(d, i, VectorCount<2>());
+  if (i + lanes <= count) op(d, i, VectorCount<1>()), i += lanes;
+  if (i < count) op(d, count - lanes, VectorCount<1>());
+}
+
+// `v`: one vector, or two.
+template <class Storage, class D, size_t kCount>
+HWY_INLINE void store_group(const hn::Vec<D> (&v)[kCount], D d, typename Storage::Stored* HWY_RESTRICT to) {
+  if constexpr (kCount == 2) {
+    Storage::store_pair(v[0], v[1], d, to);
+  } else {
+    Storage::store(v[0], d, to);
+  }
 }
 
 constexpr int kMaxRow = 256;  // elements of a row that is not contiguous
