@@ -59,17 +59,15 @@ InstanceText::InstanceText(std::string_view name, std::string_view spec, Element
   text_ += kElementNames[static_cast<int>(element)];
 }
 
-InstanceText& InstanceText::number(std::string_view field, int value) {
-  text_ += ", .";
-  text_ += field;
-  text_ += " = " + std::to_string(value);
-  return *this;
-}
+InstanceText& InstanceText::number(std::string_view field, int value) { return word(field, std::to_string(value)); }
 
-InstanceText& InstanceText::flag(std::string_view field, bool value) {
+InstanceText& InstanceText::flag(std::string_view field, bool value) { return word(field, value ? "true" : "false"); }
+
+InstanceText& InstanceText::word(std::string_view field, std::string_view value) {
   text_ += ", .";
   text_ += field;
-  text_ += value ? " = true" : " = false";
+  text_ += " = ";
+  text_ += value;
   return *this;
 }
 

@@ -27,6 +27,7 @@ class InstanceText {
   InstanceText(std::string_view name, std::string_view spec, Element element);
   InstanceText& number(std::string_view field, int value);
   InstanceText& flag(std::string_view field, bool value);
+  InstanceText& word(std::string_view field, std::string_view value);  // such as "Gate::kSilu"
   std::string str() const { return text_ + "}>"; }
 
  private:

@@ -159,9 +159,51 @@ int cuLaunchKernel(void* function, unsigned grid_x, unsigned grid_y, unsigned gr
                    unsigned /*block_y*/, unsigned /*block_z*/, unsigned shared_bytes, void* stream, void** params,
                    void** /*extra*/) {
   return note("cuLaunchKernel", [&](FakeDriver& driver) {
-    driver.launches.push_back(
-        {function, stream, current(), {grid_x, grid_y, grid_z}, block_x, shared_bytes, params[0]});
+    driver.launches.push_back({.function = function,
+                               .stream = stream,
+                               .device = current(),
+                               .grid = {grid_x, grid_y, grid_z},
+                               .block = block_x,
+                               .shared_bytes = shared_bytes,
+                               .params = params[0]});
   });
+}
+
+// As cuda.h lays them out.
+struct FakeLaunchAttribute {
+  int id;
+  char padding[4];
+  unsigned value[16];
+};
+struct FakeLaunchConfig {
+  unsigned grid[3], block[3], shared_bytes;
+  void* stream;
+  FakeLaunchAttribute* attributes;
+  unsigned num_attributes;
+};
+
+int cuLaunchKernelEx(const FakeLaunchConfig* config, void* function, void** params, void** /*extra*/) {
+  constexpr int kClusterDimension = 4, kProgrammaticStreamSerialization = 6;
+  return note("cuLaunchKernelEx", [&](FakeDriver& driver) {
+    FakeLaunch launch{.function = function,
+                      .stream = config->stream,
+                      .device = current(),
+                      .grid = {config->grid[0], config->grid[1], config->grid[2]},
+                      .block = config->block[0],
+                      .shared_bytes = config->shared_bytes,
+                      .params = params[0]};
+    for (unsigned i = 0; i < config->num_attributes; ++i) {
+      const FakeLaunchAttribute& attribute = config->attributes[i];
+      if (attribute.id == kClusterDimension) launch.cluster = attribute.value[0];
+      if (attribute.id == kProgrammaticStreamSerialization) launch.overlaps_previous = attribute.value[0] == 1;
+    }
+    driver.launches.push_back(launch);
+  });
+}
+int cuOccupancyMaxActiveClusters(int* count, void* /*function*/, const FakeLaunchConfig* config) {
+  const unsigned cluster = config->attributes[0].value[0];
+  *count = static_cast<int>(kFakeMultiprocessors / cluster);
+  return note("cuOccupancyMaxActiveClusters");
 }
 
 }  // extern "C"

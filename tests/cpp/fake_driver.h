@@ -9,6 +9,7 @@ namespace heed::test {
 
 inline constexpr int kNumFakeDevices = 3;
 inline constexpr int kFakeCapabilities[kNumFakeDevices] = {90, 90, 80};
+inline constexpr unsigned kFakeMultiprocessors = 128;
 
 struct FakeLaunch {
   void* function = nullptr;
@@ -17,6 +18,8 @@ struct FakeLaunch {
   unsigned grid[3] = {};
   unsigned block = 0;
   unsigned shared_bytes = 0;
+  unsigned cluster = 1;
+  bool overlaps_previous = false;
   void* params = nullptr;  // the pointer that was given
 };
 

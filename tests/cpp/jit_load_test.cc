@@ -199,6 +199,48 @@ TEST_F(Loading, LaunchPassesOnWhatItWasGiven) {
   EXPECT_EQ(fake_driver().launches.size(), 1U);
 }
 
+TEST_F(Loading, LaunchesOfClustersAndOverlappingOnes) {
+  const LoadedKernel& kernel = load(new_spec(1000), 0);
+  int params = 7;
+  int stream = 0;
+  launch(kernel, {.grid_x = 48, .stream = &stream, .cluster_x = 16}, &params);
+  launch(kernel, {.grid_x = 5, .grid_y = 2, .stream = &stream, .overlaps_previous = true}, &params);
+  ASSERT_EQ(fake_driver().launches.size(), 2U);
+  const test::FakeLaunch& clusters = fake_driver().launches[0];
+  EXPECT_EQ(clusters.function, kernel.handle);
+  EXPECT_EQ(clusters.grid[0], 48U);
+  EXPECT_EQ(clusters.grid[2], 1U);
+  EXPECT_EQ(clusters.block, 64U);
+  EXPECT_EQ(clusters.shared_bytes, static_cast<unsigned>(kernel.shared_bytes));
+  EXPECT_EQ(clusters.stream, &stream);
+  EXPECT_EQ(clusters.params, &params);
+  EXPECT_EQ(clusters.cluster, 16U);
+  EXPECT_FALSE(clusters.overlaps_previous);
+  const test::FakeLaunch& overlapping = fake_driver().launches[1];
+  EXPECT_EQ(overlapping.grid[1], 2U);
+  EXPECT_EQ(overlapping.cluster, 1U);
+  EXPECT_TRUE(overlapping.overlaps_previous);
+
+  fake_driver().failing_call = "cuLaunchKernelEx";
+  EXPECT_THROW(launch(kernel, {.grid_x = 2, .cluster_x = 2}, &params), std::runtime_error);
+  EXPECT_THROW(launch(kernel, {.grid_x = 3, .cluster_x = 2}, &params), std::runtime_error);
+  EXPECT_THROW(launch(kernel, {.cluster_x = 0}, &params), std::runtime_error);
+  EXPECT_EQ(fake_driver().launches.size(), 2U);
+}
+
+TEST_F(Loading, ClustersThatFitAtOnce) {
+  const LoadedKernel& kernel = load(new_spec(), 0);
+  fake_driver() = FakeDriver();
+  EXPECT_EQ(max_active_clusters(kernel, 0, 8), 16);
+  EXPECT_EQ(fake_driver().device_calls, Calls{"function 0"});
+  EXPECT_EQ(max_active_clusters(kernel, 0, 16), 8);
+  EXPECT_EQ(fake_driver().device_calls, (Calls{"function 0", "attribute 14=1 0", "function 0"}));
+  EXPECT_TRUE(fake_contexts().empty());
+  fake_driver().failing_call = "cuOccupancyMaxActiveClusters";
+  EXPECT_EQ(max_active_clusters(kernel, 0, 16), 0);
+  EXPECT_EQ(max_active_clusters(load(new_spec(), 2), 2, 8), 0);  // sm_80
+}
+
 TEST_F(Loading, AForkedChildIsToldThatCudaIsGone) {
   const KernelSpec spec = new_spec();
   load(spec, 0);

@@ -32,7 +32,20 @@ __device__ __forceinline__ void cp_async_16(uint32 to, const void* from, int num
   asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(num_bytes)
                : "memory");
 }
-// The same for 8 bytes.
+// What L2 evicts first: for what is read once.
+using CachePolicy = unsigned long long;
+__device__ __forceinline__ CachePolicy evict_first_policy() {
+  CachePolicy policy;
+  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+  return policy;
+}
+// cp_async_16 under such a policy.
+__device__ __forceinline__ void cp_async_16_once(uint32 to, const void* from, int num_bytes, CachePolicy policy) {
+  asm volatile("cp.async.cg.shared.global.L2::cache_hint.L2::128B [%0], [%1], 16, %2, %3;" ::"r"(to), "l"(from),
+               "r"(num_bytes), "l"(policy)
+               : "memory");
+}
+// cp_async_16 of 8 bytes.
 __device__ __forceinline__ void cp_async_8(uint32 to, const void* from) {
   asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" ::"r"(to), "l"(from) : "memory");
 }
@@ -155,6 +168,57 @@ __device__ __forceinline__ int load_relaxed(const int* from) {
 }
 __device__ __forceinline__ void add_relaxed(int* to, int value) {
   asm volatile("red.relaxed.gpu.global.add.s32 [%0], %1;" ::"l"(to), "r"(value) : "memory");
+}
+
+// Launches that overlap, from sm_90 on; without effect if the second kernel was not launched to overlap the first.
+// The next kernel of the stream may start when all blocks have said this, or have ended.
+__device__ __forceinline__ void let_next_kernel_start() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+// Until the kernel before has ended and what it wrote can be read.
+__device__ __forceinline__ void wait_for_previous_kernel() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// Clusters of blocks, from sm_90 on: a barrier of all their threads, and stores to one another's shared memory, whose
+// blocks must have started. `to` is the address in the own block's.
+__device__ __forceinline__ void cluster_arrive() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+#endif
+}
+// What was stored before it can be read after the wait.
+__device__ __forceinline__ void cluster_arrive_release() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+#endif
+}
+__device__ __forceinline__ void cluster_wait() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+#endif
+}
+__device__ __forceinline__ void store_cluster_16(uint32 to, int rank, const float (&values)[4]) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile(
+      "{\n.reg .b32 there;\nmapa.shared::cluster.u32 there, %0, %1;\n"
+      "st.shared::cluster.v4.f32 [there], {%2, %3, %4, %5};\n}" ::"r"(to),
+      "r"(rank), "f"(values[0]), "f"(values[1]), "f"(values[2]), "f"(values[3])
+      : "memory");
+#endif
+}
+__device__ __forceinline__ void store_cluster_8(uint32 to, int rank, float a, float b) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile(
+      "{\n.reg .b32 there;\nmapa.shared::cluster.u32 there, %0, %1;\nst.shared::cluster.v2.f32 [there], {%2, %3};\n}" ::
+          "r"(to),
+      "r"(rank), "f"(a), "f"(b)
+      : "memory");
+#endif
 }
 
 // 2^x; relative error below 2^-22, 0 below 2^-126.

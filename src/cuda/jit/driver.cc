@@ -62,6 +62,8 @@ std::unique_ptr<Driver> open_driver() {
   get(api.kernel_get_attribute, "cuKernelGetAttribute");
   get(api.kernel_set_attribute, "cuKernelSetAttribute");
   get(api.launch_kernel, "cuLaunchKernel");
+  get(api.launch_kernel_ex, "cuLaunchKernelEx");
+  get(api.occupancy_max_active_clusters, "cuOccupancyMaxActiveClusters");
   get(api.func_load, "cuFuncLoad", false);
   if (!missing.empty()) {
     driver->why_not = "the NVIDIA driver is too old: it has no " + missing + ", which came with CUDA 12.0";

@@ -17,9 +17,30 @@ using CUfunction = struct CUfunc_st*;
 inline constexpr CUresult kCudaSuccess = 0;
 inline constexpr int kFuncAttributeNumRegs = 4;
 inline constexpr int kFuncAttributeMaxDynamicSharedSizeBytes = 8;
+inline constexpr int kFuncAttributeNonPortableClusterSizeAllowed = 14;
 inline constexpr int kDeviceAttributeComputeCapabilityMajor = 75;
 inline constexpr int kDeviceAttributeComputeCapabilityMinor = 76;
 inline constexpr int kStreamCaptureModeRelaxed = 2;
+inline constexpr int kLaunchAttributeClusterDimension = 4;
+inline constexpr int kLaunchAttributeProgrammaticStreamSerialization = 6;
+
+struct CUlaunchAttribute {
+  int id;
+  int padding;
+  union {
+    unsigned cluster[3];
+    int is_allowed;
+    char bytes[64];
+  } value;
+};
+struct CUlaunchConfig {
+  unsigned grid_x, grid_y, grid_z;
+  unsigned block_x, block_y, block_z;
+  unsigned shared_bytes;
+  CUstream stream;
+  CUlaunchAttribute* attributes;
+  unsigned num_attributes;
+};
 
 // The driver's functions. All are there with CUDA 12.0 and later, but the one that is marked.
 struct DriverApi {
@@ -46,6 +67,8 @@ struct DriverApi {
   CUresult (*launch_kernel)(CUfunction function, unsigned grid_x, unsigned grid_y, unsigned grid_z, unsigned block_x,
                             unsigned block_y, unsigned block_z, unsigned shared_bytes, CUstream stream, void** params,
                             void** extra);
+  CUresult (*launch_kernel_ex)(const CUlaunchConfig* config, CUfunction function, void** params, void** extra);
+  CUresult (*occupancy_max_active_clusters)(int* count, CUfunction function, const CUlaunchConfig* config);
   CUresult (*func_load)(CUfunction function);  // CUDA 12.4; null before
 };
 

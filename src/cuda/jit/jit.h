@@ -66,8 +66,15 @@ HEED_API const LoadedKernel& load(const KernelSpec& spec, int device);
 struct LaunchConfig {
   int64_t grid_x = 1, grid_y = 1, grid_z = 1;
   void* stream = nullptr;
+  int cluster_x = 1;               // blocks of a cluster, which divide grid_x; more than 1: sm_90 and newer
+  bool overlaps_previous = false;  // may start before the stream's previous kernel ends: the kernel itself waits for it
 };
 HEED_API void launch(const LoadedKernel& kernel, const LaunchConfig& config, const void* params);
+
+// How many clusters of `cluster_x` blocks can run on the device at once; 0 where there are none of that size. Clusters
+// of more than 8 blocks, which not every GPU has, may be launched from then on. The kernel is loaded there. Throws
+// std::runtime_error.
+HEED_API int max_active_clusters(const LoadedKernel& kernel, int device, int cluster_x);
 
 // Devices. None of them throws where there is no driver: the count is then 0. The first call initialises CUDA.
 HEED_API int device_count();

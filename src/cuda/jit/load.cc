@@ -160,6 +160,47 @@ void load_slot(const DriverApi& api, KernelSlot& slot, int capability, int devic
   }
 }
 
+// A launch with more than cuLaunchKernel takes, as the driver has it.
+struct AttributedLaunch {
+  CUlaunchAttribute attributes[2]{};
+  CUlaunchConfig config{};
+
+  AttributedLaunch(const LoadedKernel& kernel, const LaunchConfig& launch) {
+    config.grid_x = static_cast<unsigned>(launch.grid_x);
+    config.grid_y = static_cast<unsigned>(launch.grid_y);
+    config.grid_z = static_cast<unsigned>(launch.grid_z);
+    config.block_x = static_cast<unsigned>(kernel.num_threads);
+    config.block_y = config.block_z = 1;
+    config.shared_bytes = static_cast<unsigned>(kernel.shared_bytes);
+    config.stream = static_cast<CUstream>(launch.stream);
+    config.attributes = attributes;
+    if (launch.cluster_x != 1) {
+      CUlaunchAttribute& cluster = attributes[config.num_attributes++];
+      cluster.id = kLaunchAttributeClusterDimension;
+      cluster.value.cluster[0] = static_cast<unsigned>(launch.cluster_x);
+      cluster.value.cluster[1] = cluster.value.cluster[2] = 1;
+    }
+    if (launch.overlaps_previous) {
+      CUlaunchAttribute& overlap = attributes[config.num_attributes++];
+      overlap.id = kLaunchAttributeProgrammaticStreamSerialization;
+      overlap.value.is_allowed = 1;
+    }
+  }
+  AttributedLaunch(const AttributedLaunch&) = delete;
+  AttributedLaunch& operator=(const AttributedLaunch&) = delete;
+};
+
+void launch_with_attributes(const DriverApi& api, const LoadedKernel& kernel, const LaunchConfig& config,
+                            void** arguments) {
+  if (config.cluster_x < 1 || config.grid_x % config.cluster_x != 0) {
+    throw std::runtime_error("kernel launch: got clusters of " + std::to_string(config.cluster_x) + " blocks, and " +
+                             std::to_string(config.grid_x) + " blocks are no multiple of that");
+  }
+  const AttributedLaunch launch(kernel, config);
+  check(api.launch_kernel_ex(&launch.config, static_cast<CUfunction>(kernel.handle), arguments, nullptr),
+        "cuLaunchKernelEx");
+}
+
 }  // namespace
 
 int device_count() {
@@ -231,6 +272,25 @@ const LoadedKernel& load(const KernelSpec& spec, int device) {
   return slot.kernel;
 }
 
+int max_active_clusters(const LoadedKernel& kernel, int device, int cluster_x) {
+  constexpr int kOldestCapability = 90, kMostPortable = 8;
+  if (compute_capability(device) < kOldestCapability) return 0;
+  const DriverApi& api = required_driver();
+  const RelaxedCaptureScope relaxed(api);
+  const DeviceScope scope(device);
+  auto* const entry = static_cast<CUkernel>(kernel.handle);
+  if (cluster_x > kMostPortable) {
+    check(api.kernel_set_attribute(kFuncAttributeNonPortableClusterSizeAllowed, 1, entry, device_handle(api, device)),
+          "cuKernelSetAttribute");
+  }
+  CUfunction function = nullptr;
+  check(api.kernel_get_function(&function, entry), "cuKernelGetFunction");
+  const AttributedLaunch launch(kernel, {.grid_x = cluster_x, .cluster_x = cluster_x});
+  int count = 0;
+  // A size that the device does not have is an error there, and 0 here.
+  return api.occupancy_max_active_clusters(&count, function, &launch.config) == kCudaSuccess ? count : 0;
+}
+
 void launch(const LoadedKernel& kernel, const LaunchConfig& config, const void* params) {
   const DriverApi& api = required_driver();
   constexpr int64_t kMostX = INT32_MAX;
@@ -242,6 +302,10 @@ void launch(const LoadedKernel& kernel, const LaunchConfig& config, const void* 
                              " blocks, expected 1 to 2^31 - 1, 65535, 65535");
   }
   void* arguments[] = {const_cast<void*>(params)};
+  if (config.cluster_x != 1 || config.overlaps_previous) {
+    launch_with_attributes(api, kernel, config, arguments);
+    return;
+  }
   // A CUkernel stands for the function of whichever context the stream belongs to.
   check(api.launch_kernel(static_cast<CUfunction>(kernel.handle), static_cast<unsigned>(config.grid_x),
                           static_cast<unsigned>(config.grid_y), static_cast<unsigned>(config.grid_z),

@@ -8,6 +8,7 @@
 
 #include <algorithm>
 #include <array>
+#include <cmath>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
@@ -25,6 +26,9 @@
 #define __shared__ static
 #define __align__(bytes) __attribute__((aligned(bytes)))
 
+struct uint2 {
+  unsigned x, y;
+};
 struct uint4 {
   unsigned x, y, z, w;
 };
@@ -41,7 +45,7 @@ inline ThreadIndex blockIdx;
 namespace heed::device_emulation {
 
 inline constexpr int kWarpSize = 32;
-inline constexpr int kMaxWarps = 8;
+inline constexpr int kMaxWarps = 16;
 inline constexpr int kMaxThreads = kMaxWarps * kWarpSize;
 inline constexpr size_t kStackBytes = size_t{1} << 18;
 inline constexpr size_t kMaxSharedBytes = 227 << 10;  // of a block, on the GPUs that have most
@@ -68,7 +72,8 @@ struct AsyncCopy {
   uint32_t to;
   const void* from;
   int num_bytes;
-  uint32_t size;  // the rest is filled with zeros
+  uint32_t size;   // the rest is filled with zeros
+  unsigned group;  // of the thread's copies
 };
 
 struct Thread {
@@ -77,6 +82,8 @@ struct Thread {
   bool is_done;
   unsigned num_collectives;
   std::vector<AsyncCopy> copies;  // in flight
+  unsigned num_copy_groups;       // committed
+  int num_cluster_waits;
 };
 
 struct Block {
@@ -94,6 +101,20 @@ struct Block {
   std::mt19937 random{1};
 };
 inline Block block;
+
+// A cluster of blocks, which run one after the other, twice: the first time up to the barrier after which they read
+// what others have sent, only to learn what is sent; the second time they find it there.
+struct Cluster {
+  struct Store {
+    uint32_t to;
+    std::array<float, 4> values;
+    int count;
+  };
+  int size = 1, rank = 0;
+  bool only_sends = false;
+  std::vector<Store> sent[16];  // to each block
+};
+inline Cluster cluster;
 
 inline int current_lane() { return block.current % kWarpSize; }
 
@@ -137,6 +158,8 @@ inline void start_thread(Thread& thread) {
   thread.is_done = false;
   thread.num_collectives = 0;
   thread.copies.clear();
+  thread.num_copy_groups = 0;
+  thread.num_cluster_waits = 0;
   getcontext(&thread.context);
   thread.context.uc_stack.ss_sp = thread.stack.get();
   thread.context.uc_stack.ss_size = kStackBytes;
@@ -178,6 +201,22 @@ inline void run_block(unsigned index, int num_threads, size_t shared_bytes, std:
   while (!std::all_of(block.threads, end, is_done)) {
     run_some_warp();
     if (++num_turns > kMaxTurns) fail("threads wait for one another for ever");
+  }
+}
+
+// Blocks [size * index, size * index + size), a cluster. `body` waits for the start of the others first, then, after
+// its stores, for theirs.
+inline void run_cluster(unsigned index, int size, int num_threads, size_t shared_bytes,
+                        const std::function<void()>& body) {
+  cluster.size = size;
+  for (std::vector<Cluster::Store>& stores : cluster.sent) stores.clear();
+  for (const bool only_sends : {true, false}) {
+    if (only_sends && size == 1) continue;
+    cluster.only_sends = only_sends;
+    for (cluster.rank = 0; cluster.rank < size; ++cluster.rank) {
+      run_block(index * static_cast<unsigned>(size) + static_cast<unsigned>(cluster.rank), num_threads, shared_bytes,
+                body);
+    }
   }
 }
 
@@ -272,3 +311,8 @@ inline float __fsub_rn(float a, float b) {
 inline unsigned __float_as_uint(float x) { return heed::device_emulation::bits_as<unsigned>(x); }
 inline float __uint_as_float(unsigned bits) { return heed::device_emulation::bits_as<float>(bits); }
 inline float __int_as_float(int bits) { return heed::device_emulation::bits_as<float>(bits); }
+inline unsigned __umulhi(unsigned a, unsigned b) {
+  return static_cast<unsigned>(static_cast<unsigned long long>(a) * b >> 32);
+}
+inline float __frsqrt_rn(float x) { return static_cast<float>(1.0 / std::sqrt(static_cast<double>(x))); }
+inline float normcdff(float x) { return static_cast<float>(0.5 * std::erfc(-static_cast<double>(x) / std::sqrt(2.0))); }

@@ -49,15 +49,28 @@ inline void start_copy(const emulation::AsyncCopy& copy) {
     finish_copy(copy);
   }
 }
-inline void cp_async_16(uint32 to, const void* from, int num_bytes) { start_copy({to, from, num_bytes, 16}); }
-inline void cp_async_8(uint32 to, const void* from) { start_copy({to, from, 8, 8}); }
-inline void cp_async_commit() {}
+inline emulation::Thread& current_thread() { return emulation::block.threads[emulation::block.current]; }
+inline void cp_async_16(uint32 to, const void* from, int num_bytes) {
+  start_copy({to, from, num_bytes, 16, current_thread().num_copy_groups});
+}
+using CachePolicy = unsigned long long;
+inline CachePolicy evict_first_policy() { return 0; }
+inline void cp_async_16_once(uint32 to, const void* from, int num_bytes, CachePolicy /*policy*/) {
+  cp_async_16(to, from, num_bytes);
+}
+inline void cp_async_8(uint32 to, const void* from) { start_copy({to, from, 8, 8, current_thread().num_copy_groups}); }
+inline void cp_async_commit() { ++current_thread().num_copy_groups; }
+// Finishes no more than it has to.
 template <int kPending>
 inline void cp_async_wait() {
-  static_assert(kPending == 0, "groups are not told apart");
-  std::vector<emulation::AsyncCopy>& copies = emulation::block.threads[emulation::block.current].copies;
-  for (const emulation::AsyncCopy& copy : copies) finish_copy(copy);
-  copies.clear();
+  emulation::Thread& thread = current_thread();
+  const auto is_pending = [&](const emulation::AsyncCopy& copy) {
+    return copy.group + kPending >= thread.num_copy_groups;
+  };
+  for (const emulation::AsyncCopy& copy : thread.copies) {
+    if (!is_pending(copy)) finish_copy(copy);
+  }
+  std::erase_if(thread.copies, [&](const emulation::AsyncCopy& copy) { return !is_pending(copy); });
 }
 
 inline void store_shared_16(uint32 to, uint4 value) { std::memcpy(shared_pointer(to, 16), &value, 16); }
@@ -100,6 +113,38 @@ inline void ldmatrix_x4_trans(uint32 (&to)[4], uint32 from) {
   }
   emulation::exchange(emulation::Collective::kLoadedMatrix, {});
 }
+
+// Kernels run one after the other.
+inline void let_next_kernel_start() {}
+inline void wait_for_previous_kernel() {}
+
+inline void cluster_arrive() {}
+inline void cluster_arrive_release() {}
+inline void cluster_wait() {
+  emulation::Thread& thread = current_thread();
+  if (++thread.num_cluster_waits == 1) return;  // for the others to have started
+  __syncthreads();                              // everybody has sent
+  if (emulation::cluster.only_sends) {
+    thread.is_done = true;
+    emulation::give_way();  // for good
+  }
+  if (thread_index() == 0) {
+    for (const auto& store : emulation::cluster.sent[emulation::cluster.rank]) {
+      const uint32 num_bytes = static_cast<uint32>(store.count * 4);
+      std::memcpy(shared_pointer(store.to, num_bytes), store.values.data(), num_bytes);
+    }
+  }
+  __syncthreads();
+}
+inline void store_cluster(uint32 to, int rank, std::array<float, 4> values, int count) {
+  if (current_thread().num_cluster_waits == 0) emulation::fail("a store to a block that may not have started");
+  if (rank < 0 || rank >= emulation::cluster.size) emulation::fail("a store to a block that is not in the cluster");
+  if (emulation::cluster.only_sends) emulation::cluster.sent[rank].push_back({to, values, count});
+}
+inline void store_cluster_16(uint32 to, int rank, const float (&values)[4]) {
+  store_cluster(to, rank, {values[0], values[1], values[2], values[3]}, 4);
+}
+inline void store_cluster_8(uint32 to, int rank, float a, float b) { store_cluster(to, rank, {a, b, 0.0f, 0.0f}, 2); }
 
 // Blocks run one after the other, so that there is nobody to wait for.
 inline void add_global_4(float* to, float a, float b, float c, float d) {

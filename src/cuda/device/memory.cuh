@@ -1,0 +1,57 @@
+// Loads and stores that say how long their data is of use.
+#pragma once
+
+#include "cuda/device/ptx.cuh"
+
+namespace heed::cuda::ptx {
+
+// Memory that the kernel only reads, each byte once: it does not push other data out of L1.
+__device__ __forceinline__ uint4 load_once_16(const void* from) {
+  uint4 value;
+  asm volatile("ld.global.nc.L1::no_allocate.L2::128B.v4.b32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
+               : "l"(from));
+  return value;
+}
+// Memory that this thread alone reads, once, and may then overwrite.
+__device__ __forceinline__ uint4 load_own_16(const void* from) {
+  uint4 value;
+  asm volatile("ld.global.L1::no_allocate.L2::128B.v4.b32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
+               : "l"(from));
+  return value;
+}
+// Memory that the kernel only reads, and that other threads read too.
+__device__ __forceinline__ uint4 load_shared_by_all_16(const void* from) {
+  uint4 value;
+  asm volatile("ld.global.nc.v4.b32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
+               : "l"(from));
+  return value;
+}
+__device__ __forceinline__ void store_16(void* to, uint4 value) {
+  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(value.x), "r"(value.y), "r"(value.z),
+               "r"(value.w)
+               : "memory");
+}
+// Results that fill more than L2: they leave it first.
+__device__ __forceinline__ void store_streaming_16(void* to, uint4 value) {
+  asm volatile("st.global.cs.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(value.x), "r"(value.y), "r"(value.z),
+               "r"(value.w)
+               : "memory");
+}
+
+// 1 / x; relative error below 2^-22, 0 above 2^126.
+__device__ __forceinline__ float reciprocal_approx(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+// 2^x; relative error below 2^-22, subnormal results included.
+__device__ __forceinline__ float exp2_approx_subnormal(float x) {
+  float y;
+  asm("ex2.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+}  // namespace heed::cuda::ptx
