@@ -11,6 +11,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import support_table
 
@@ -20,17 +21,27 @@ DOCS = Path(__file__).resolve().parent
 ROOT = DOCS.parent
 OUTPUT = ROOT / "build" / "docs"
 
-_DIRECTIVE = re.compile(r"^\.\. auto(?:function|class|exception):: heed\.(\w+)(?:\(\))?$", re.MULTILINE)
+_DIRECTIVE = re.compile(r"^\.\. auto(?:function|class|exception):: heed\.([\w.]+)(?:\(\))?$", re.MULTILINE)
 _CPP_NAME = re.compile(
     r"^(?:(?:enum class|class HEED_API|struct) (?P<type>\w+)|HEED_API [^;(]*?(?P<function>\w+)\()", re.MULTILINE
 )
 
 
 def missing_python_pages() -> list[str]:
-    """Public names of the package that lack the page api/NAME.md made from their docstring."""
+    """Public names of the package that lack the page api/NAME.md made from their docstring, and those of its modules
+    that lack a place on any page.
+    """
     problems = []
+    documented = {name for page in (DOCS / "api").glob("*.md") for name in _DIRECTIVE.findall(page.read_text())}
+    for module in (heed.ops, heed.jit):
+        for name in module.__all__:
+            full_name = f"{module.__name__.removeprefix('heed.')}.{name}"
+            if full_name not in documented:
+                problems.append(f"heed.{full_name}: no page of docs/api documents it")
+            if not (getattr(module, name).__doc__ or "").strip():
+                problems.append(f"heed.{full_name}: it has no docstring")
     for name in heed.__all__:
-        if name.startswith("__"):
+        if name.startswith("__") or isinstance(getattr(heed, name), ModuleType):
             continue
         page = DOCS / "api" / f"{name}.md"
         if not page.is_file():
@@ -45,8 +56,8 @@ def missing_python_pages() -> list[str]:
 def missing_cpp_names() -> list[str]:
     """Public C++ names that docs/api/cpp.md does not mention."""
     page = (DOCS / "api" / "cpp.md").read_text()
-    header = (ROOT / "include" / "heed" / "heed.h").read_text()
-    names = [match["type"] or match["function"] for match in _CPP_NAME.finditer(header)]
+    headers = "".join(path.read_text() for path in sorted((ROOT / "include" / "heed").glob("*.h")))
+    names = [match["type"] or match["function"] for match in _CPP_NAME.finditer(headers)]
     return [f"heed::{n}: docs/api/cpp.md does not mention it" for n in names if not re.search(rf"\b{n}\b", page)]
 
 

@@ -43,4 +43,16 @@ bool is_on_cuda(const DLTensor& tensor);
 // The view of a tensor argument. `expected` decides what 16 bits without a type stand for.
 TensorView view_argument(const TVMFFIAny& argument, DType expected, std::string_view name);
 
+// The views of a tensor argument of any float dtype of heed's, and of one of int32. Throw TypeError for other dtypes.
+TensorView float_argument(const TVMFFIAny& argument, std::string_view name);
+TensorView index_argument(const TVMFFIAny& argument, std::string_view name);
+
+// Whether an argument stands for nothing: None, or a tensor without elements whose last axis has size 0.
+bool is_absent(const TVMFFIAny& argument);
+
+// Scalars, as Python and XLA's attributes give them: an int may stand for a flag or a real.
+int64_t integer_argument(const TVMFFIAny& argument, std::string_view name);
+bool flag_argument(const TVMFFIAny& argument, std::string_view name);
+double real_argument(const TVMFFIAny& argument, std::string_view name);
+
 }  // namespace heed::ffi

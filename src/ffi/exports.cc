@@ -1,9 +1,6 @@
-// Every TVM-FFI export but those of the kernel compiler. Functions take DLPack tensors of any framework and only run:
-// no allocation of tensor memory here.
-#include <dlpack/dlpack.h>
+// The TVM-FFI exports of attention and of the library as a whole. Functions take DLPack tensors of any framework and
+// only run: no allocation of tensor memory here.
 #include <tvm/ffi/container/array.h>
-#include <tvm/ffi/container/map.h>
-#include <tvm/ffi/extra/c_env_api.h>
 #include <tvm/ffi/tvm_ffi.h>
 
 #include <string>
@@ -12,31 +9,37 @@
 
 #include "core/dtype.h"
 #include "cuda/device_target.h"
-#include "cuda/jit/jit.h"
 #include "ffi/arguments.h"
 #include "ffi/device_ordinal.h"
+#include "ffi/op_exports.h"
 #include "ops/attention_bwd.h"
 #include "ops/attention_fwd.h"
 
 namespace {
 
 namespace ffi = tvm::ffi;
+using heed::ffi::call;
+using heed::ffi::dtype_name;
 using heed::ffi::guarded;
-using heed::ffi::string_argument;
-using heed::ffi::tensor_argument;
+using heed::ffi::load;
+using heed::ffi::Record;
+using heed::ffi::resolve;
+using heed::ffi::result_record;
+using heed::ffi::to_array;
+using heed::ffi::to_record;
 using heed::ffi::view_argument;
-using Record = ffi::Map<ffi::String, ffi::Any>;
 
 // ---------------------------------------------------------------------------------------------------------------------
 // What the ops' exports differ in.
 
 struct AttentionFwd {
-  static constexpr std::string_view kName = "attention_fwd";
+  static constexpr std::string_view kName = "attention_fwd", kFirst = "q";
   static constexpr auto& prepare = heed::prepare_attention_fwd;
   static constexpr auto& load = heed::load_attention_fwd;
   static constexpr auto& run = heed::run_attention_fwd;
 
-  static heed::AttentionForwardArgs views(const heed::AttentionProblem& problem, const TVMFFIAny* tensors) {
+  static heed::AttentionForwardArgs views(const heed::PreparedAttentionFwd& prepared, const TVMFFIAny* tensors) {
+    const heed::AttentionProblem& problem = prepared.problem;
     heed::AttentionForwardArgs views;
     const heed::AttentionInputs inputs = heed::inputs_of(views);
     for (int i = 0; i < heed::kNumAttentionInputs; ++i) {
@@ -51,12 +54,13 @@ struct AttentionFwd {
 };
 
 struct AttentionBwd {
-  static constexpr std::string_view kName = "attention_bwd";
+  static constexpr std::string_view kName = "attention_bwd", kFirst = "q";
   static constexpr auto& prepare = heed::prepare_attention_bwd;
   static constexpr auto& load = heed::load_attention_bwd;
   static constexpr auto& run = heed::run_attention_bwd;
 
-  static heed::AttentionBackwardArgs views(const heed::AttentionBwdProblem& problem, const TVMFFIAny* tensors) {
+  static heed::AttentionBackwardArgs views(const heed::PreparedAttentionBwd& prepared, const TVMFFIAny* tensors) {
+    const heed::AttentionBwdProblem& problem = prepared.problem;
     heed::AttentionBackwardArgs views;
     const auto read = [&](heed::TensorView& view, const heed::TensorSpec& spec, std::string_view name) {
       if (spec.present) view = view_argument(*tensors++, heed::find_dtype(spec.dtype)->dtype, name);
@@ -74,62 +78,6 @@ struct AttentionBwd {
   }
 };
 
-// ---------------------------------------------------------------------------------------------------------------------
-// What they share.
-
-// op(problem, *inputs, *outputs): the operands that the problem's text names, in its order, then the outputs. On a GPU
-// it runs on the stream that TVM-FFI holds for q's device. The first such call loads its kernel there.
-template <class Op>
-void call(const TVMFFIAny* args, int32_t num_args) {
-  const std::string name(Op::kName);
-  if (num_args < 2) throw heed::TypeError(name + ": got too few arguments, expected a problem and its tensors");
-  const std::string_view text = string_argument(args[0], "problem");
-  const DLTensor& q = *tensor_argument(args[1], "q");
-  const bool is_cuda = heed::ffi::is_on_cuda(q);
-  const int device = q.device.device_id;
-  static const heed::Target kCpu = heed::parse_target("cpu");
-  const auto prepared = Op::prepare(text, is_cuda ? heed::cuda_target(device) : kCpu);
-  const int num_expected = 1 + prepared->problem.num_inputs() + prepared->problem.num_outputs();
-  if (num_args != num_expected) {
-    throw heed::TypeError(name + ": got " + std::to_string(num_args) + " arguments, expected " +
-                          std::to_string(num_expected) + " for this problem");
-  }
-  auto views = Op::views(prepared->problem, args + 1);
-  if (!is_cuda) {
-    Op::run(*prepared, views);
-    return;
-  }
-  views.stream = TVMFFIEnvGetStream(kDLCUDA, device);
-  const heed::cuda::DeviceScope scope(device);  // the default stream is that of the current context
-  Op::run(*prepared, views);
-}
-
-// op_load(problem, device): makes the problem's kernel ready on CUDA's device of that ordinal.
-template <class Op>
-void load(const TVMFFIAny* args, int32_t num_args) {
-  if (num_args != 2 || args[1].type_index != kTVMFFIInt) {
-    throw heed::TypeError(std::string(Op::kName) + "_load: expected a problem and a device's ordinal");
-  }
-  const int ordinal = heed::device_ordinal(args[1].v_int64);
-  Op::load(*Op::prepare(string_argument(args[0], "problem"), heed::cuda_target(ordinal)), ordinal);
-}
-
-ffi::Array<int64_t> to_array(const std::vector<int64_t>& values) { return {values.begin(), values.end()}; }
-
-ffi::String dtype_name(heed::DType dtype) { return ffi::String(std::string(heed::info(dtype).name)); }
-
-template <class Resolution>
-Record to_record(const Resolution& resolution) {
-  ffi::Array<ffi::Any> candidates;
-  for (const heed::Candidate& candidate : resolution.candidates) {
-    candidates.push_back(ffi::Array<ffi::String>{candidate.name, candidate.backend, candidate.reason});
-  }
-  const bool is_served = resolution.chosen != nullptr;
-  return {{"chosen", ffi::String(is_served ? std::string(resolution.chosen->name) : "")},
-          {"workspace_bytes", resolution.workspace_bytes},
-          {"candidates", candidates}};
-}
-
 // attention_fwd_resolve(problem, target) -> map: what the call would return and which kernel would serve it.
 Record attention_fwd_resolve(std::string_view text, std::string_view target_name) {
   const heed::AttentionProblem problem = heed::validate(heed::parse_attention_request(text));
@@ -146,29 +94,16 @@ Record attention_fwd_resolve(std::string_view text, std::string_view target_name
 Record attention_bwd_resolve(std::string_view text, std::string_view target_name) {
   const heed::AttentionBwdProblem problem = heed::validate(heed::parse_attention_bwd_request(text));
   const heed::AttentionBwdResolution resolution = heed::resolve(problem, heed::parse_target(target_name));
-  const auto result = [](ffi::String dtype, const std::vector<int64_t>& shape) {
-    return ffi::Array<ffi::Any>{std::move(dtype), to_array(shape)};
-  };
   ffi::Array<ffi::Any> results;
   for (const heed::TensorSpec& spec : problem.gradients) {
-    if (spec.present) results.push_back(result(spec.dtype, spec.shape));
+    if (spec.present) results.push_back(result_record(spec.dtype, spec.shape));
   }
   const std::vector<int64_t> workspace_shape = problem.workspace_shape(resolution.workspace_per_head);
-  results.push_back(result(dtype_name(heed::DType::kFloat32), workspace_shape));
+  results.push_back(result_record("float32", workspace_shape));
   Record record = to_record(resolution);
   record.Set("results", results);
   record.Set("workspace_shape", to_array(workspace_shape));
   return record;
-}
-
-using Resolve = Record (*)(std::string_view text, std::string_view target_name);
-
-void resolve(Resolve resolve_op, const TVMFFIAny* args, int32_t num_args, TVMFFIAny* result) {
-  if (num_args != 2) {
-    throw heed::TypeError("resolve: got " + std::to_string(num_args) + " arguments, expected a problem and a target");
-  }
-  *reinterpret_cast<ffi::Any*>(result) =
-      resolve_op(string_argument(args[0], "problem"), string_argument(args[1], "target"));
 }
 
 ffi::Array<ffi::String> cpu_targets() {

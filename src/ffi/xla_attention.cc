@@ -12,8 +12,9 @@ struct AttentionFwd {
   static constexpr auto& load = heed::load_attention_fwd;
   static constexpr auto& run = heed::run_attention_fwd;
 
-  static heed::AttentionForwardArgs args(const heed::AttentionProblem& problem, const xla::CallFrame& frame,
+  static heed::AttentionForwardArgs args(const heed::PreparedAttentionFwd& prepared, const xla::CallFrame& frame,
                                          heed::Device device) {
+    const heed::AttentionProblem& problem = prepared.problem;
     heed::AttentionForwardArgs args;
     xla::TensorReader operands(frame.args, device), results(frame.rets, device);
     const heed::AttentionInputs inputs = heed::inputs_of(args);
@@ -31,8 +32,9 @@ struct AttentionBwd {
   static constexpr auto& load = heed::load_attention_bwd;
   static constexpr auto& run = heed::run_attention_bwd;
 
-  static heed::AttentionBackwardArgs args(const heed::AttentionBwdProblem& problem, const xla::CallFrame& frame,
+  static heed::AttentionBackwardArgs args(const heed::PreparedAttentionBwd& prepared, const xla::CallFrame& frame,
                                           heed::Device device) {
+    const heed::AttentionBwdProblem& problem = prepared.problem;
     heed::AttentionBackwardArgs args;
     xla::TensorReader operands(frame.args, device), results(frame.rets, device);
     const heed::AttentionBwdInputs inputs = heed::bwd_inputs_of(args);

@@ -44,13 +44,14 @@ void check_counts(const CallFrame& frame, int num_inputs, int num_outputs);
 // Answers XLA's question for metadata, or runs `body`. C++ errors become XLA's.
 Error* handle(CallFrame* frame, void (*body)(const CallFrame&));
 
-// The two bodies. Op: prepare(text, target), load(prepared, device), args(problem, frame, device), run(prepared, args).
+// The two bodies. Op: prepare(text, target), load(prepared, device), args(prepared, frame, device), run(prepared,
+// args).
 template <class Op>
 void run_on_cpu(const CallFrame& frame) {
   static const Target kTarget = parse_target("cpu");
   const auto prepared = Op::prepare(problem_of(frame), kTarget);
   check_counts(frame, prepared->problem.num_inputs(), prepared->problem.num_outputs());
-  Op::run(*prepared, Op::args(prepared->problem, frame, {}));
+  Op::run(*prepared, Op::args(*prepared, frame, {}));
 }
 
 template <class Op>
@@ -62,7 +63,7 @@ void run_on_cuda(const CallFrame& frame) {
     return;
   }
   check_counts(frame, prepared->problem.num_inputs(), prepared->problem.num_outputs());
-  auto args = Op::args(prepared->problem, frame, {DeviceType::kCuda, device});
+  auto args = Op::args(*prepared, frame, {DeviceType::kCuda, device});
   args.stream = cuda_stream_of(frame);
   Op::run(*prepared, args);
 }

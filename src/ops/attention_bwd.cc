@@ -3,7 +3,6 @@
 
 #include "core/dtype.h"
 #include "cpu/attention_bwd.h"
-#include "cuda/device_target.h"
 #include "cuda/jit/jit.h"
 #include "cuda/sm80_attention_bwd.h"
 #include "ops/stages.h"
@@ -64,10 +63,6 @@ PreparedAttentionBwd prepare(const AttentionBwdRequest& request, const Target& t
   prepared.workspace_bytes = resolution.workspace_bytes;
   if (prepared.kernel->prepare != nullptr) prepared.state = prepared.kernel->prepare(prepared.problem);
   return prepared;
-}
-
-Target target_of(Device device) {
-  return device.type == DeviceType::kCpu ? parse_target("cpu") : cuda_target(device.index);
 }
 
 }  // namespace

@@ -3,7 +3,6 @@
 
 #include "core/dtype.h"
 #include "cpu/attention_fwd.h"
-#include "cuda/device_target.h"
 #include "cuda/jit/jit.h"
 #include "cuda/sm80_attention_fwd.h"
 #include "ops/stages.h"
@@ -80,15 +79,12 @@ void run_attention_fwd(const PreparedAttentionFwd& prepared, const AttentionForw
 void attention_forward(const AttentionForwardArgs& args, const AttentionOptions& options) {
   // 1. Validate, 2. resolve, 3. plan: GPU kernels derive their parameters from the problem; the CPU kernel derives its
   // work items when it runs, from the problem and, packed, from its lengths. Neither needs workspace.
-  const bool is_cpu = args.q.device.type == DeviceType::kCpu;
-  const int device = args.q.device.index;
-  const PreparedAttentionFwd prepared =
-      prepare(make_request(args, options), is_cpu ? parse_target("cpu") : cuda_target(device));
+  const PreparedAttentionFwd prepared = prepare(make_request(args, options), target_of(args.q.device));
   // 4. Launch.
-  if (is_cpu) {
+  if (args.q.device.type == DeviceType::kCpu) {
     run_attention_fwd(prepared, args);
   } else {
-    const cuda::DeviceScope scope(device);  // the default stream is that of the current context
+    const cuda::DeviceScope scope(args.q.device.index);  // the default stream is that of the current context
     run_attention_fwd(prepared, args);
   }
 }

@@ -1,5 +1,5 @@
-// What the stages of every op share: the reason of a family that this build lacks, the error if nothing serves a
-// problem, and the tables of problems that have been prepared.
+// What the stages of every op share: the target of a call, the reason of a family that this build lacks, the error if
+// nothing serves a problem, and the tables of problems that have been prepared.
 #pragma once
 
 #include <array>
@@ -12,9 +12,15 @@
 #include "core/registry.h"
 #include "core/target.h"
 #include "core/text_table.h"
+#include "cuda/device_target.h"
 #include "heed/heed.h"
 
 namespace heed {
+
+// The target of a call whose tensors are on the device.
+inline Target target_of(Device device) {
+  return device.type == DeviceType::kCpu ? Target{} : cuda_target(device.index);
+}
 
 // The Hopper family has its rows already, so that a caller learns why it does not serve; this build does not contain
 // it.

@@ -67,8 +67,10 @@ void check_memory(const std::string& tensor, const TensorView& view, int64_t ali
   }
 }
 
-void check_device(const std::string& tensor, const TensorView& view, Device device) {
-  if (!(view.device == device)) throw ValueError(tensor + ": got another device than q, expected the device of q");
+void check_device(const std::string& tensor, const TensorView& view, Device device, std::string_view first) {
+  if (view.device == device) return;
+  throw ValueError(tensor + ": got another device than " + std::string(first) + ", expected the device of " +
+                   std::string(first));
 }
 
 }  // namespace
@@ -80,7 +82,7 @@ TensorSpec spec_of(std::string_view name, const TensorView& view) {
 }
 
 void check_view(std::string_view name, const TensorView& view, DType dtype, const std::vector<int64_t>& shape,
-                Device device, bool is_output) {
+                Device device, bool is_output, std::string_view first) {
   const std::string tensor(name);
   check_view_fields(name, view);
   bool is_same_shape = view.rank == static_cast<int>(shape.size());
@@ -99,7 +101,7 @@ void check_view(std::string_view name, const TensorView& view, DType dtype, cons
     if (is_same_shape) throw TypeError(message);
     throw ValueError(message);
   }
-  check_device(tensor, view, device);
+  check_device(tensor, view, device, first);
   if (is_empty) return;
   check_memory(tensor, view, info(dtype).size_bytes);
   if (is_output && !has_distinct_elements(view)) {
@@ -108,7 +110,7 @@ void check_view(std::string_view name, const TensorView& view, DType dtype, cons
   }
 }
 
-void check_workspace(const TensorView& view, int64_t bytes, Device device) {
+void check_workspace(const TensorView& view, int64_t bytes, Device device, std::string_view first) {
   const std::string tensor = "workspace";
   check_view_fields(tensor, view);
   if (bytes == 0) return;
@@ -122,7 +124,7 @@ void check_workspace(const TensorView& view, int64_t bytes, Device device) {
   if (given_bytes < bytes) {
     throw ValueError(tensor + ": got " + show(view) + " of " + std::to_string(given_bytes) + " bytes, " + expected);
   }
-  check_device(tensor, view, device);
+  check_device(tensor, view, device, first);
   check_memory(tensor, view, 16);
   if (!is_row_major(view)) {
     throw ValueError(tensor + ": got strides " + show_list(view.strides.data(), view.rank) +

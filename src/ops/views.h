@@ -13,13 +13,14 @@ namespace heed {
 
 // The view's dtype and shape; an undefined view gives an absent spec. Checks what the type system lets through: ranks
 // and enumerators out of range.
-TensorSpec spec_of(std::string_view name, const TensorView& view);
+HEED_API TensorSpec spec_of(std::string_view name, const TensorView& view);
 
-// One view's dtype, shape and memory against what the problem says. `device` is that of q.
+// One view's dtype, shape and memory against what the problem says. `device` is that of the operand
+// `first`.
 void check_view(std::string_view name, const TensorView& view, DType dtype, const std::vector<int64_t>& shape,
-                Device device, bool is_output);
+                Device device, bool is_output, std::string_view first = "q");
 
 // Scratch memory: contiguous float32, aligned to 16 bytes, of at least `bytes`. May be absent if that is 0.
-void check_workspace(const TensorView& view, int64_t bytes, Device device);
+void check_workspace(const TensorView& view, int64_t bytes, Device device, std::string_view first = "q");
 
 }  // namespace heed

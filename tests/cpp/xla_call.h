@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <memory>
+#include <span>
 #include <string>
 #include <string_view>
 #include <utility>
@@ -31,8 +32,8 @@ extern "C" heed::xla::Error* heed_xla_attention_bwd_cuda(heed::xla::CallFrame* f
 
 namespace heed::test {
 
-// One call of attention, forward or backward. Operands and results are those of its problem, and the workspace that of
-// the target; their memory is the caller's.
+// One call of attention, forward or backward, or of what has the operands and results that are given. Otherwise these
+// are those of the problem, and the workspace that of the target. Their memory is the caller's.
 class XlaCall {
  public:
   explicit XlaCall(std::string text, std::string_view target = "sm_90a") : text_(std::move(text)) {
@@ -41,24 +42,13 @@ class XlaCall {
     } else {
       add_forward(validate(parse_attention_request(text_)));
     }
-    api_.struct_size = sizeof(xla::Api);
-    api_.version = {sizeof(xla::ApiVersion), nullptr, xla::kApiMajor, xla::kApiMinor};
-    api_.create_error = [](xla::ErrorCreateArgs* args) { return new xla::Error{args->code, args->message}; };
-    api_.get_stream = [](xla::StreamGetArgs* args) -> xla::Error* {
-      args->stream = static_cast<XlaCall*>(args->context)->stream;
-      return nullptr;
-    };
-    api_.get_device_ordinal = [](xla::DeviceOrdinalGetArgs* args) -> xla::Error* {
-      args->device_ordinal = static_cast<XlaCall*>(args->context)->device;
-      return nullptr;
-    };
-    frame_.struct_size = sizeof(xla::CallFrame);
-    frame_.api = &api_;
-    frame_.context = this;
-    point_to(frame_.args, arguments_);
-    point_to(frame_.rets, results_);
-    attribute_text_ = {text_.data(), text_.size()};
-    frame_.attrs = {sizeof(xla::Attributes), nullptr, 1, &attribute_type_, &attribute_names_, &attribute_values_};
+    make_frame();
+  }
+  XlaCall(std::string text, std::span<const TensorSpec> operands, std::span<const TensorSpec> results)
+      : text_(std::move(text)) {
+    for (const TensorSpec& spec : operands) add(arguments_, spec);
+    for (const TensorSpec& spec : results) add(results_, spec);
+    make_frame();
   }
   XlaCall(const XlaCall&) = delete;
   XlaCall& operator=(const XlaCall&) = delete;
@@ -85,6 +75,27 @@ class XlaCall {
     std::vector<void*> pointers;
     std::vector<int> types;
   };
+
+  void make_frame() {
+    api_.struct_size = sizeof(xla::Api);
+    api_.version = {sizeof(xla::ApiVersion), nullptr, xla::kApiMajor, xla::kApiMinor};
+    api_.create_error = [](xla::ErrorCreateArgs* args) { return new xla::Error{args->code, args->message}; };
+    api_.get_stream = [](xla::StreamGetArgs* args) -> xla::Error* {
+      args->stream = static_cast<XlaCall*>(args->context)->stream;
+      return nullptr;
+    };
+    api_.get_device_ordinal = [](xla::DeviceOrdinalGetArgs* args) -> xla::Error* {
+      args->device_ordinal = static_cast<XlaCall*>(args->context)->device;
+      return nullptr;
+    };
+    frame_.struct_size = sizeof(xla::CallFrame);
+    frame_.api = &api_;
+    frame_.context = this;
+    point_to(frame_.args, arguments_);
+    point_to(frame_.rets, results_);
+    attribute_text_ = {text_.data(), text_.size()};
+    frame_.attrs = {sizeof(xla::Attributes), nullptr, 1, &attribute_type_, &attribute_names_, &attribute_values_};
+  }
 
   void add_forward(const AttentionProblem& problem) {
     for (const TensorSpec& spec : problem.operands) add(arguments_, spec);
