@@ -2,8 +2,9 @@
 
 `heed.flash_mha` is exact attention with grouped heads, causal and windowed masks, soft caps, sinks, ALiBi and segments;
 `heed.flash_mha_varlen` is the same on packed sequences; both have gradients, through autodiff and as
-`heed.flash_mha_bwd` and `heed.flash_mha_varlen_bwd`; `heed.explain` says which kernel a call gets. Importing heed
-imports neither JAX nor any other framework.
+`heed.flash_mha_bwd` and `heed.flash_mha_varlen_bwd`; `heed.ops` has gated activations, rotary embeddings, RMS norms
+and attention of one query, `heed.jit` the same as TVM-FFI modules; `heed.explain` says which kernel a call gets.
+Importing heed imports neither JAX nor any other framework.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import sys
 from typing import Any
 
+from heed import jit, ops
 from heed._attention import flash_mha
 from heed._attention_bwd import AttentionGradients, flash_mha_bwd, flash_mha_varlen_bwd
 from heed._attention_varlen import flash_mha_varlen
@@ -33,6 +35,8 @@ __all__ = [
     "flash_mha_bwd",
     "flash_mha_varlen",
     "flash_mha_varlen_bwd",
+    "jit",
+    "ops",
 ]
 
 

@@ -105,13 +105,14 @@ def _cuda_device(index: int) -> Any:
 class DLPackOps:
     """What the eager path needs of one kind of array: dtype and shape, a view for the library, new arrays, and to run.
 
-    `like` is an array of the call: everything happens where it is. PyTorch's and CuPy's functions allocate outputs, and
-    their current stream of the device is the one that a call runs on.
+    `like` is an array of the call, called `name` in messages: everything happens where it is. PyTorch's and CuPy's
+    functions allocate outputs, and their current stream of the device is the one that a call runs on.
     """
 
-    def __init__(self, kind: str, like: Any) -> None:
+    def __init__(self, kind: str, like: Any, name: str = "q") -> None:
         self.kind = kind
         self.like = like
+        self.name = name
 
     @functools.cached_property
     def cuda_index(self) -> int | None:
@@ -121,13 +122,15 @@ class DLPackOps:
         if self.kind == "torch":
             device = self.like.device
             if device.type not in ("cpu", "cuda"):
-                raise TypeError(f"q: got a tensor on device {device}, expected the CPU or a CUDA GPU")
+                raise TypeError(f"{self.name}: got a tensor on device {device}, expected the CPU or a CUDA GPU")
             return None if device.type == "cpu" else int(device.index)
         device_type, index = map(int, self.like.__dlpack_device__())
         if device_type == tvm_ffi.DLDeviceType.kDLCPU:
             return None
         if device_type not in (tvm_ffi.DLDeviceType.kDLCUDA, tvm_ffi.DLDeviceType.kDLCUDAManaged):
-            raise TypeError(f"q: got an array on DLPack device type {device_type}, expected the CPU or a CUDA GPU")
+            raise TypeError(
+                f"{self.name}: got an array on DLPack device type {device_type}, expected the CPU or a CUDA GPU"
+            )
         return index
 
     def target(self) -> str:
@@ -163,7 +166,7 @@ class DLPackOps:
         if self.kind == "torch":
             torch = sys.modules["torch"]
             return torch.empty(shape, dtype=getattr(torch, dtype), device=self.like.device)
-        is_same = self.spec("q", self.like)[0] == dtype
+        is_same = self.spec(self.name, self.like)[0] == dtype
         if self.kind == "cupy":
             cupy = sys.modules["cupy"]
             with self.like.device:
@@ -174,7 +177,7 @@ class DLPackOps:
             return xp.empty(shape, dtype=self.like.dtype if is_same else getattr(xp, dtype), device=self.like.device)
         if self.cuda_index is not None:
             raise TypeError(
-                f"q: got an array of {self.kind} on a GPU, expected one of JAX, PyTorch or CuPy, or one with "
+                f"{self.name}: got an array of {self.kind} on a GPU, expected one of JAX, PyTorch or CuPy, or one with "
                 "__array_namespace__: heed allocates outputs with the library of its inputs"
             )
         return np.empty(shape, self.like.dtype if is_same and self.kind == "numpy" else dtype)

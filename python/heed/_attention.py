@@ -88,7 +88,7 @@ def flash_mha(
         TypeError: a dtype or kind of array is wrong, or a traced value stands where a static one is needed.
         UnsupportedError: no kernel serves the call where it would run; `.reasons` has each candidate's reason.
         RuntimeError: on a GPU: no driver, no compiler for a kernel that is not there yet, or what CUDA reports.
-        NotImplementedError: its gradients are differentiated again.
+        NotImplementedError: its gradients are differentiated again, or a PyTorch tensor has a forward-mode tangent.
     """
     statics = attention_statics(
         softmax_scale=softmax_scale,
@@ -132,8 +132,19 @@ def require_operands(names: Sequence[str], values: Sequence[Any]) -> None:
 
 
 def torch_wants_grad(operands: Operands) -> bool:
-    """Whether PyTorch is to record what happens to these tensors."""
-    return any(x is not None and x.requires_grad for x in operands) and sys.modules["torch"].is_grad_enabled()
+    """Whether PyTorch is to record or differentiate what happens to these tensors."""
+    given = [x for x in operands if x is not None]
+    torch = sys.modules["torch"]
+    return (any(x.requires_grad for x in given) and torch.is_grad_enabled()) or any(map(torch_has_tangent, given))
+
+
+def torch_has_tangent(x: Any) -> bool:
+    """Whether a tensor is a dual number of PyTorch's forward mode."""
+    forward_ad = sys.modules["torch"].autograd.forward_ad
+    # What this name holds is -1 outside of forward mode; to ask PyTorch for each tensor would cost a microsecond.
+    if getattr(forward_ad, "_current_level", 0) < 0:
+        return False
+    return forward_ad.unpack_dual(x).tangent is not None
 
 
 def split_segment_ids(segment_ids: Any) -> tuple[Any, Any]:

@@ -15,7 +15,7 @@ from heed._problem import (
     GRADIENT_NAMES,
     OPERAND_NAMES,
     AttentionStatics,
-    BwdResolution,
+    OpResolution,
     Spec,
     attention_bwd_text,
     attention_statics,
@@ -187,7 +187,7 @@ def _differentiate(function_name: str, statics: AttentionStatics, operands: Oper
 @functools.lru_cache(maxsize=4096)
 def _resolved(
     function_name: str, statics: AttentionStatics, specs: tuple[Spec | None, ...], target: str
-) -> tuple[str, BwdResolution]:
+) -> tuple[str, OpResolution]:
     """The problem's text and what it resolves to. Raises on what is wrong or cannot be served."""
     text = attention_bwd_text(statics, specs)
     resolution = resolve_attention_bwd(text, target)

@@ -86,7 +86,7 @@ def flash_mha_varlen(
         TypeError: a dtype or kind of array is wrong, or a traced value stands where a static one is needed.
         UnsupportedError: no kernel serves the call where it would run; `.reasons` has each candidate's reason.
         RuntimeError: on a GPU: no driver, no compiler for a kernel that is not there yet, or what CUDA reports.
-        NotImplementedError: its gradients are differentiated again.
+        NotImplementedError: its gradients are differentiated again, or a PyTorch tensor has a forward-mode tangent.
     """
     statics = attention_statics(
         softmax_scale=softmax_scale,

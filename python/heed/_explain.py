@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from heed import ops
 from heed._arrays import DLPackOps, common_kind, is_jax, kind_of
 from heed._attention import Operands, flash_mha, require_operands, split_segment_ids
 from heed._attention_bwd import flash_mha_bwd, flash_mha_varlen_bwd
@@ -26,9 +27,11 @@ from heed._problem import (
     resolve_attention,
     resolve_attention_bwd,
 )
+from heed._small_ops import Call, resolve
 
 _FORWARD = (flash_mha, flash_mha_varlen)
 _BACKWARD = (flash_mha_bwd, flash_mha_varlen_bwd)
+_SMALL_OPS = tuple(getattr(ops, name) for name in ops.__all__)
 _INTEGERS = OPERAND_NAMES[FIRST_INTEGER_OPERAND:]
 
 
@@ -105,7 +108,7 @@ def _default_target(names: Sequence[str], values: Sequence[Any]) -> str:
         if device.process_index == jax.process_index():
             return str(library_function("cuda_target")(int(device.local_hardware_id)))
         return f"sm_{capability}"  # another process's GPU
-    return DLPackOps(kind_of("q", like), like).target()
+    return DLPackOps(kind_of(names[0], like), like, names[0]).target()
 
 
 def _spec(name: str, value: Any) -> Spec:
@@ -127,7 +130,7 @@ def explain(function: Callable[..., Any], /, *args: Any, target: str | None = No
 
     Args:
         function: a function of heed's: `heed.flash_mha`, `heed.flash_mha_varlen`, or the gradients of either,
-            `heed.flash_mha_bwd` and `heed.flash_mha_varlen_bwd`.
+            `heed.flash_mha_bwd` and `heed.flash_mha_varlen_bwd`, or one of `heed.ops`.
         *args, **kwargs: the call's arguments. Arrays may be `jax.ShapeDtypeStruct` or anything with shape and dtype.
         target: "cpu", or an architecture such as "sm_80" or "sm_90a", which need not be present. None: where the call
             would run.
@@ -135,9 +138,11 @@ def explain(function: Callable[..., Any], /, *args: Any, target: str | None = No
     Raises:
         ValueError, TypeError: the arguments are wrong in a way that the call itself would refuse too.
     """
+    if function in _SMALL_OPS:
+        return _explain_small(inspect.unwrap(function)(*args, **kwargs), target)
     if function not in _FORWARD + _BACKWARD:
-        *known, last = (f"heed.{one.__name__}" for one in _FORWARD + _BACKWARD)
-        raise TypeError(f"explain: got {function!r}, expected a function of heed's: {', '.join(known)} or {last}")
+        known = ", ".join(f"heed.{one.__name__}" for one in _FORWARD + _BACKWARD)
+        raise TypeError(f"explain: got {function!r}, expected a function of heed's: {known} or one of heed.ops")
     bound = inspect.signature(function).bind(*args, **kwargs)
     bound.apply_defaults()
     is_forward = function in _FORWARD
@@ -154,6 +159,27 @@ def explain(function: Callable[..., Any], /, *args: Any, target: str | None = No
     resolution = (resolve_attention if is_forward else resolve_attention_bwd)(text, where)
     return Explanation(
         function=function.__name__,
+        target=where,
+        problem=text,
+        chosen=resolution.chosen,
+        candidates=resolution.candidates,
+        workspace_bytes=resolution.workspace_bytes,
+    )
+
+
+def _explain_small(call: Call, target: str | None) -> Explanation:
+    """The same for a described call of heed.ops."""
+    op = call.op
+    specs = [
+        None if x is None else (_integer_spec if name in op.integers else _spec)(name, x)
+        for name, x in zip(op.names, call.operands, strict=True)
+    ]
+    op.require_ranks([None if spec is None else spec[1] for spec in specs])
+    where = target if target is not None else _default_target(op.names, call.operands)
+    text = op.write(call.statics, specs)
+    resolution = resolve(op.stem, text, where)
+    return Explanation(
+        function=call.function,
         target=where,
         problem=text,
         chosen=resolution.chosen,

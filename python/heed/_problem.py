@@ -71,12 +71,13 @@ class Resolution:
 
 
 @dataclass(frozen=True)
-class BwdResolution:
-    """What the backward pass of a valid problem returns, and which kernel serves it.
+class OpResolution:
+    """What a valid problem of any op but attention's forward returns, and which kernel serves it.
 
     Attributes:
-        results: dtype and shape of each result: dq, dk, dv, then dsinks and dalibi_slopes where those operands are
-            there (float32, one per batch row), then the workspace (float32, private to the kernel).
+        results: dtype and shape of each result, the last of which is the workspace (float32, private to the kernel)
+            where the op has one. Attention's backward: dq, dk, dv, then dsinks and dalibi_slopes where those operands
+            are there (float32, one per batch row), then the workspace.
     """
 
     results: tuple[Spec, ...]
@@ -85,7 +86,7 @@ class BwdResolution:
     candidates: tuple[Candidate, ...]
 
 
-def _expected(name: str, value: Any, expected: str) -> TypeError:
+def wrong_kind(name: str, value: Any, expected: str) -> TypeError:
     kind = type(value).__name__
     if hasattr(value, "aval") or hasattr(value, "__jax_array__"):  # a tracer, or a JAX array
         return TypeError(
@@ -95,32 +96,32 @@ def _expected(name: str, value: Any, expected: str) -> TypeError:
     return TypeError(f"{name}: got {value!r} of type {kind}, expected {expected}")
 
 
-def _real(name: str, value: Any) -> float:
+def real_value(name: str, value: Any) -> float:
     if isinstance(value, (bool, np.bool_)) or not isinstance(value, (numbers.Real, np.floating, np.integer)):
-        raise _expected(name, value, "a Python float")
+        raise wrong_kind(name, value, "a Python float")
     try:
         return float(value)
     except OverflowError:
         raise ValueError(f"{name}: got {str(value)[:40]}..., expected a finite number") from None
 
 
-def _flag(name: str, value: Any) -> bool:
+def flag_value(name: str, value: Any) -> bool:
     if not isinstance(value, (bool, np.bool_)):
-        raise _expected(name, value, "True or False")
+        raise wrong_kind(name, value, "True or False")
     return bool(value)
 
 
-def _integer(name: str, value: Any, expected: str = "a Python integer") -> int:
+def integer_value(name: str, value: Any, expected: str = "a Python integer") -> int:
     if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, np.integer)):
-        raise _expected(name, value, expected)
+        raise wrong_kind(name, value, expected)
     if not -(2**63) <= int(value) < 2**63:
         raise ValueError(f"{name}: got {value}, expected {expected} that fits 64 bits")
     return int(value)
 
 
-def _one_of(name: str, value: Any, allowed: Sequence[str]) -> str:
+def choice_value(name: str, value: Any, allowed: Sequence[str]) -> str:
     if not isinstance(value, str):
-        raise _expected(name, value, "one of " + ", ".join(map(repr, allowed)))
+        raise wrong_kind(name, value, "one of " + ", ".join(map(repr, allowed)))
     if value not in allowed:
         raise ValueError(f"{name}: got {value!r}, expected one of {', '.join(map(repr, allowed))}")
     return value
@@ -141,20 +142,20 @@ def attention_statics(
 ) -> AttentionStatics:
     """Checks the kinds of the static arguments (their values are checked with the problem)."""
     if not isinstance(window_size, (tuple, list)):
-        raise _expected("window_size", window_size, "a pair of Python integers")
+        raise wrong_kind("window_size", window_size, "a pair of Python integers")
     if len(window_size) != 2:
         raise ValueError(f"window_size: got {window_size!r}, expected a pair of Python integers")
-    left, right = (_integer("window_size", side, "a pair of Python integers") for side in window_size)
+    left, right = (integer_value("window_size", side, "a pair of Python integers") for side in window_size)
     return AttentionStatics(
-        softmax_scale=None if softmax_scale is None else _real("softmax_scale", softmax_scale),
-        is_causal=_flag("is_causal", is_causal),
-        causal_align=_one_of("causal_align", causal_align, CAUSAL_ALIGNS),
+        softmax_scale=None if softmax_scale is None else real_value("softmax_scale", softmax_scale),
+        is_causal=flag_value("is_causal", is_causal),
+        causal_align=choice_value("causal_align", causal_align, CAUSAL_ALIGNS),
         window_size=(left, right),
-        softcap=0.0 if softcap is None else _real("softcap", softcap),
-        return_lse=_flag("return_lse", return_lse),
-        deterministic=_flag("deterministic", deterministic),
-        backend=None if backend is None else _one_of("backend", backend, BACKENDS),
-        max_seqlen=(_integer("max_seqlen_q", max_seqlen_q), _integer("max_seqlen_k", max_seqlen_k)),
+        softcap=0.0 if softcap is None else real_value("softcap", softcap),
+        return_lse=flag_value("return_lse", return_lse),
+        deterministic=flag_value("deterministic", deterministic),
+        backend=None if backend is None else choice_value("backend", backend, BACKENDS),
+        max_seqlen=(integer_value("max_seqlen_q", max_seqlen_q), integer_value("max_seqlen_k", max_seqlen_k)),
     )
 
 
@@ -180,7 +181,7 @@ def require_rank(function_name: str, shape: Sequence[Any]) -> None:
         )
 
 
-def _operands_text(names: Sequence[str], specs: Sequence[Spec | None]) -> str:
+def operands_text(names: Sequence[str], specs: Sequence[Spec | None]) -> str:
     return "".join(
         f";{name}={spec[0]}[{_shape_text(name, spec[1])}]"
         for name, spec in zip(names, specs, strict=True)
@@ -206,13 +207,13 @@ def _is_varlen(specs: Sequence[Spec | None]) -> bool:
 def attention_text(statics: AttentionStatics, specs: Sequence[Spec | None]) -> str:
     """The problem's text (its schema is in `src/core/problem.h`); `specs` follow `OPERAND_NAMES`."""
     options = _options_text(statics, _is_varlen(specs), f";lse={int(statics.return_lse)}")
-    return "attention_fwd.v1" + _operands_text(OPERAND_NAMES, specs) + options
+    return "attention_fwd.v1" + operands_text(OPERAND_NAMES, specs) + options
 
 
 def attention_bwd_text(statics: AttentionStatics, specs: Sequence[Spec | None]) -> str:
     """The backward problem's text (`src/core/attention_bwd_problem.h`); `specs` follow `BWD_OPERAND_NAMES`."""
     options = _options_text(statics, _is_varlen(specs), "")
-    return "attention_bwd.v1" + _operands_text(BWD_OPERAND_NAMES, specs) + options
+    return "attention_bwd.v1" + operands_text(BWD_OPERAND_NAMES, specs) + options
 
 
 @functools.lru_cache(maxsize=4096)
@@ -233,11 +234,16 @@ def resolve_attention(text: str, target: str) -> Resolution:
     )
 
 
-@functools.lru_cache(maxsize=4096)
-def resolve_attention_bwd(text: str, target: str) -> BwdResolution:
+def resolve_attention_bwd(text: str, target: str) -> OpResolution:
     """`resolve_attention` of a backward problem (`attention_bwd_text`). Raises the same."""
-    found = _resolve("attention_bwd_resolve", text, target)
-    return BwdResolution(
+    return resolve_op("attention_bwd", text, target)
+
+
+@functools.lru_cache(maxsize=4096)
+def resolve_op(stem: str, text: str, target: str) -> OpResolution:
+    """`resolve_attention` of the problem of another op, by its stem. Raises the same."""
+    found = _resolve(f"{stem}_resolve", text, target)
+    return OpResolution(
         results=tuple((str(dtype), tuple(map(int, shape))) for dtype, shape in found["results"]),
         chosen=str(found["chosen"]) or None,
         workspace_bytes=int(found["workspace_bytes"]),
@@ -252,7 +258,7 @@ def _resolve(export: str, text: str, target: str) -> Any:
         raise type(error)(str(error)) from None  # without the native frames
 
 
-def require_kernel(resolution: Resolution | BwdResolution, what: str, target: str) -> None:
+def require_kernel(resolution: Resolution | OpResolution, what: str, target: str) -> None:
     """Raises UnsupportedError, with every candidate's reason, if no kernel serves the problem on the target."""
     if resolution.chosen is not None:
         return

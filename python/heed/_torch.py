@@ -23,6 +23,14 @@ def attention_bwd(function_name: str, statics: AttentionStatics, operands: Opera
     return _AttentionBwd.apply(function_name, statics, *operands)
 
 
+def no_forward_mode(function_name: str) -> NotImplementedError:
+    """For a dual number that meets a function without a derivative in forward mode."""
+    return NotImplementedError(
+        f"heed.{function_name}: got a tensor with a tangent (torch.autograd.forward_ad, torch.func.jvp), expected "
+        "derivatives in reverse mode only (torch.autograd.grad, torch.func.grad)"
+    )
+
+
 class _Attention(torch.autograd.Function):
     """(function name, statics, *operands) -> out, lse."""
 
@@ -45,6 +53,10 @@ class _Attention(torch.autograd.Function):
         gradients = attention_bwd(f"{ctx.function_name}_bwd", statics, (*operands, out, lse, dout, dlse))
         return (None, None, *gradients, *(None for _ in OPERAND_NAMES[len(gradients) :]))
 
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        raise no_forward_mode(ctx.function_name)
+
 
 class _AttentionBwd(torch.autograd.Function):
     """(function name, statics, *operands) -> dq, dk, dv, dsinks, dalibi_slopes. It has no gradient of its own."""
@@ -63,3 +75,7 @@ class _AttentionBwd(torch.autograd.Function):
             f"heed.{ctx.function_name}: got a derivative of its gradients, expected first derivatives only: the "
             "backward pass is a kernel that has no derivative itself"
         )
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        raise no_forward_mode(ctx.function_name)

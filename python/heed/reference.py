@@ -76,7 +76,7 @@ def attention_forward(
     included). A row without visible keys has out 0 and lse -inf, or its sink. What a mask hides contributes nothing at
     all, even where k or v hold NaN there; what is visible follows IEEE arithmetic.
     """
-    xp = _namespace(q, k, v, sinks, alibi_slopes, segment_ids)
+    xp = namespace_of(q, k, v, sinks, alibi_slopes, segment_ids)
     compute = np.dtype(compute_dtype if compute_dtype is not None else (np.float64 if xp is np else np.float32))
     q, k, v = (xp.asarray(x).astype(compute) for x in (q, k, v))
     rank = max(x.ndim for x in (q, k, v))
@@ -282,7 +282,7 @@ def attention_forward_varlen(
 
     Returns out [*lead, Tq, Hq, Dv] and lse [*lead, Hq, Tq]. Rows outside every sequence have out 0 and lse -inf.
     """
-    xp = _namespace(q, k, v, sinks, alibi_slopes)
+    xp = namespace_of(q, k, v, sinks, alibi_slopes)
     options = {
         "softmax_scale": softmax_scale, "is_causal": is_causal, "window_size": window_size, "softcap": softcap,
         "causal_align": causal_align, "compute_dtype": compute_dtype, "storage_dtype": storage_dtype,
@@ -415,7 +415,7 @@ def visible_keys(
     return visible
 
 
-def _namespace(*operands: Any) -> Any:
+def namespace_of(*operands: Any) -> Any:
     """numpy, or jax.numpy if any operand is a JAX array."""
     jax = sys.modules.get("jax")
     if jax is not None:

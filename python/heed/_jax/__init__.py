@@ -1,1 +1,1 @@
-"""heed's JAX side: the primitive, its sharding rules and its FFI target. Importing this package imports JAX."""
+"""heed's JAX side: primitives, derivatives, sharding rules and FFI targets. Importing this package imports JAX."""

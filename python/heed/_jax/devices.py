@@ -23,7 +23,7 @@ def local_cuda_ordinals() -> list[int]:
         return []
 
 
-def prepare(op: Op, text: str, platforms: Sequence[str], what: str = "flash_mha") -> tuple[int, ...] | None:
+def prepare(op: Op, text: str, platforms: Sequence[str], what: str) -> tuple[int, ...] | None:
     """Makes the problem's kernels ready on every platform that a program is lowered for.
 
     A problem that some platform cannot serve raises UnsupportedError. On CUDA the kernel is compiled, if need be, and
@@ -49,9 +49,27 @@ def prepare(op: Op, text: str, platforms: Sequence[str], what: str = "flash_mha"
     return max(shapes)  # they differ in the last axis only
 
 
+def workspace_of_share(op: Op, text: str, share: str, num_floats: int) -> int:
+    """The last axis that the workspace needs for one device's share of a problem.
+
+    A share may need more of it than the whole has, `num_floats`: fewer heads leave more of a GPU to each of them. Which
+    platform is compiled for is not known here, but those that the whole has too little for are not meant.
+    """
+    needed = num_floats
+    for target in ("cpu", *(set(_cuda_targets().values()) or {"cuda"})):
+        whole, part = op.resolve(text, target), op.resolve(share, target)
+        if whole.chosen is not None and part.chosen is not None and whole.results[-1][1][-1] <= num_floats:
+            needed = max(needed, part.results[-1][1][-1])
+    return needed
+
+
+def _cuda_targets() -> dict[int, str]:
+    return {ordinal: str(function("cuda_target")(ordinal)) for ordinal in local_cuda_ordinals()}
+
+
 def _prepare_cuda(op: Op, text: str, what: str) -> list[Any]:
     """What the problem resolves to on each kind of GPU that serves it."""
-    targets = {ordinal: str(function("cuda_target")(ordinal)) for ordinal in local_cuda_ordinals()}
+    targets = _cuda_targets()
     found = {target: op.resolve(text, target) for target in targets.values() or ["cuda"]}
     serving = [resolution for resolution in found.values() if resolution.chosen is not None]
     if not serving:

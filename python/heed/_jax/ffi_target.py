@@ -102,10 +102,13 @@ def module_bytecode(
     results: Sequence[TensorType],
     problem: str,
     sums: Mapping[int, np.ndarray],
+    workspace_floats: int = 0,
 ) -> bytes:
     """A StableHLO module whose main function is one call: what XLA inlines on each device.
 
     sums: results that are then summed over groups of devices, [groups, devices of a group].
+    workspace_floats: the last axis of the last result as the call needs it, if that is a workspace. The function
+        returns as much of it as it is to; nobody reads that.
     """
     with mlir.make_ir_context() as context, ir.Location.unknown(context):
         module = ir.Module.create()
@@ -115,7 +118,14 @@ def module_bytecode(
             main.attributes["sym_visibility"] = ir.StringAttr.get("public")
             block = main.add_entry_block()
         with ir.InsertionPoint(block):
-            values = list(emit_call(op, list(block.arguments), result_types, problem).results)
+            called_types = list(result_types)
+            shape, dtype = results[-1]
+            if op.has_workspace:
+                called_types[-1] = tensor_type((*shape[:-1], workspace_floats), dtype)
+            values = list(emit_call(op, list(block.arguments), called_types, problem).results)
+            if called_types[-1] != result_types[-1]:
+                zeros, ones = ([n] * len(shape) for n in (0, 1))
+                values[-1] = stablehlo.SliceOp(values[-1], zeros, list(shape), ones).result
             for index, groups in sums.items():
                 values[index] = _emit_sum(values[index], groups)
             func.ReturnOp(values)
@@ -155,16 +165,3 @@ def attributes_of(op: Op, backend_config: bytes | str) -> dict[str, str]:
     if "problem" not in attributes:
         raise ValueError(f"{op.target_name}: got attributes {text!r}, expected a problem")
     return attributes
-
-
-_OPERAND = re.compile(r";(\w+)=(\w+)\[([\d,]*)\]")
-
-
-def operand_names(problem: str) -> tuple[str, ...]:
-    """The operands that a problem's text lists, in their order."""
-    return tuple(name for name, _, _ in _OPERAND.findall(problem))
-
-
-def with_shapes(problem: str, shapes: dict[str, tuple[int, ...]]) -> str:
-    """The same problem on operands of other shapes."""
-    return _OPERAND.sub(lambda m: f";{m[1]}={m[2]}[{','.join(map(str, shapes[m[1]]))}]", problem)

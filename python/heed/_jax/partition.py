@@ -1,7 +1,8 @@
-"""How XLA splits an attention call over devices: the Shardy rule and the partitioner of heed's custom calls.
+"""How XLA splits a call over devices: the Shardy rule and the partitioner of heed's custom calls.
 
-Leading axes, batch and heads split with no communication, but for one case: where query heads are divided more finely
-than KV heads, each of the devices that share a KV head has a part of its gradient, and these parts are summed.
+Leading axes, heads and what else may be divided (a batch, the rows of a norm) split with no communication, but for two
+cases. Where query heads are divided more finely than KV heads, each of the devices that share a KV head has a part of
+its gradient. Where rows are divided, each device has a part of the gradient of the weight. These parts are summed.
 
 The partitioner sees how every operand really lies on the devices and takes a split only if each device already holds
 all that its share needs; anything else is an error, because XLA would otherwise move data silently. Both rule and
@@ -21,35 +22,35 @@ import numpy as np
 from jaxlib import xla_client
 from jaxlib.mlir import ir
 
-from heed._jax import axes, ffi_target
-from heed._jax.ops import OPS, WORKSPACE, Op
+from heed._jax import axes, devices, ffi_target
+from heed._jax.ops import OPS, WORKSPACE, Call, Op, call_of
 from heed._jax.tiling import Shape, Split, Tiling
 
 
-def sharding_rule(operands: Mapping[str, Shape], results: Mapping[str, Shape]) -> Any:
+def sharding_rule(call: Call, results: Mapping[str, Shape]) -> Any:
     """The Shardy rule for propagation (call it inside an MLIR context).
 
-    Batch, heads and leading axes share factors between tensors. A size-1 leading axis that broadcasts, a token axis and
-    a head dim have a factor of their own in every tensor: nothing propagates along them. With grouped heads the query
-    head axis is the product of the KV heads and the group.
+    Heads, leading axes and others that may be divided share factors between tensors. A size-1 leading axis that
+    broadcasts and an axis that stays whole (tokens, a head dim) have a factor of their own in every tensor: nothing
+    propagates along them. With grouped heads the query head axis is the product of the KV heads and the group; heads
+    that are not tied have nothing in common.
     """
     sizes: dict[str, int] = {}
-    layout = axes.layout_of(operands)
+    layout, operands = call.layout, call.operands
     full_shape = next(iter(results.values()))  # its leading axes have their full size
-    q_heads = _size(layout, operands, "q", "q_heads")
-    kv_heads = _size(layout, operands, "k", "kv_heads")
+    q_heads, kv_heads = layout.heads(operands)
     group = q_heads // max(kv_heads, 1)
-    is_grouped = 1 < kv_heads < q_heads
+    is_grouped = layout.heads_are_tied and 1 < kv_heads < q_heads
 
     def dim_factors(name: str, shape: Shape, position: int, axis: str) -> list[str]:
         size = shape[position]
         full = full_shape[position] if axis.startswith("lead") else size
-        if size != full or not axes.is_shardable(axis):
+        if size != full or not layout.is_shardable(axis):
             axis = f"{name}:{axis}"
         elif axis == "q_heads" and is_grouped:
             sizes["group"], sizes["kv_heads"] = group, kv_heads
             return ["kv_heads", "group"]
-        elif axis == "kv_heads" and kv_heads == q_heads:
+        elif axis == "kv_heads" and kv_heads == q_heads and layout.heads_are_tied:
             axis = "q_heads"
         sizes[axis] = size
         return [axis]
@@ -76,24 +77,19 @@ def _factor_symbol(index: int) -> str:
     return chr(ord("i") + index) if index < 18 else f"z_{index - 17}"
 
 
-def _size(layout: axes.Layout, shapes: Mapping[str, Shape], name: str, axis: str) -> int:
-    shape = shapes[name]
-    return shape[layout.names(name, len(shape)).index(axis)]
-
-
-def refuse_visible(names: Sequence[str], avals: Sequence[Any], values: Sequence[Any]) -> None:
+def refuse_visible(call: Call, values: Sequence[Any]) -> None:
     """Refuses while lowering what the program states about its operands, so that the error is a plain ValueError.
 
     What only propagation finds is refused by the partitioner, whose errors XLA wraps in its own.
     """
-    layout = axes.layout_of(names)
-    for name, aval, value in zip(names, avals, values, strict=True):
+    layout = call.layout
+    for (name, shape), value in zip(call.operands.items(), values, strict=True):
         # Its text: #sdy.sharding<@mesh, [{"x"}, {}, {"y", ?}, {}]>, one pair of braces per axis.
         braces = re.findall(r"\{([^{}]*)\}", _stated_sharding(value))
-        for axis, dim in zip(layout.names(name, aval.ndim), braces, strict=False):
+        for axis, dim in zip(layout.names(name, len(shape)), braces, strict=False):
             mesh_axes = re.findall(r'"[^"]+"', dim)
-            if mesh_axes and not axes.is_shardable(axis):
-                raise layout.refuse_axis(name, axis, aval.shape, f"over {', '.join(mesh_axes)}")
+            if mesh_axes and not layout.is_shardable(axis):
+                raise layout.refuse_axis(name, axis, shape, f"over {', '.join(mesh_axes)}")
 
 
 def _stated_sharding(value: Any) -> str:
@@ -111,36 +107,36 @@ def _stated_sharding(value: Any) -> str:
 
 
 def choose_split(
+    layout: axes.Layout,
     operands: Mapping[str, Shape],
     results: Mapping[str, Shape],
     tilings: Mapping[str, Tiling],
 ) -> Split:
     """The finest division that some tensor's tiles suggest and for which every device already holds its operands."""
-    layout = axes.layout_of(operands)
     for name, shape in operands.items():
         for axis, ways in zip(layout.names(name, len(shape)), tilings[name].tiles, strict=True):
-            if ways > 1 and not axes.is_shardable(axis):
+            if ways > 1 and not layout.is_shardable(axis):
                 raise layout.refuse_axis(name, axis, shape, f"{ways} ways")
-    q_heads, kv_heads = _size(layout, operands, "q", "q_heads"), _size(layout, operands, "k", "kv_heads")
+    num_heads = layout.heads(operands)
+    kv_tiles = layout.size({"k": tilings["k"].tiles}, "k", "kv_heads") if layout.has_heads else 1
     shapes = {**operands, **results}
-    splits = []
-    first = ("q", "out", "k")
+    splits: list[Split] = []
+    first = [name for name in ("q", "x", "out", "k") if name in shapes]
     for name in (*first, *(name for name in shapes if name not in first)):
-        split = Split.along(layout, name, shapes[name], tilings[name], q_heads, kv_heads)
-        if split is not None:
-            splits.append(split)
-    splits.sort(key=lambda split: -math.prod(split.devices.shape[:-2]))  # stable: q first among equals
+        splits += Split.along(layout, name, shapes[name], tilings[name], num_heads, kv_tiles)
+    splits.sort(key=lambda split: -math.prod(split.devices.shape[:-2]))  # stable: q or x first among equals
     for split in splits:
         if all(tilings[name].covers(split.tiling(name, shape), shape) for name, shape in operands.items()):
             return split
-    ways = tilings["q"].tiles[layout.names("q", len(operands["q"])).index("q_heads")]
-    if axes.kv_head_shards(q_heads, kv_heads, ways) is None:
-        raise layout.refuse_heads(q_heads, kv_heads, ways)
+    if layout.has_heads and layout.heads_are_tied:
+        ways = layout.size({"q": tilings["q"].tiles}, "q", "q_heads")
+        if axes.kv_head_shards(*num_heads, ways) is None:
+            raise layout.refuse_heads(*num_heads, ways)
     raise ValueError(
         f"{layout.function}: the operands' shardings do not fit together: "
         + "; ".join(_describe(layout, name, shape, tilings[name]) for name, shape in operands.items())
-        + ". No device would hold what its share needs, and heed never moves an input silently: shard batch and heads "
-        "of all operands along the same mesh axes (jax.lax.with_sharding_constraint moves an operand on purpose)."
+        + f". No device would hold what its share needs, and heed never moves an input silently: shard {layout.instead}"
+        " of all operands along the same mesh axes (jax.lax.with_sharding_constraint moves an operand on purpose)."
     )
 
 
@@ -163,14 +159,12 @@ def _partition(
 ) -> tuple[bytes, list[Any], Any]:
     """XLA's callback: the per-device program, and how its operands and results are sharded."""
     attributes = ffi_target.attributes_of(op, backend_config)
-    problem = attributes["problem"]
-    operand_names = ffi_target.operand_names(problem)
+    call = call_of(op, attributes["problem"])
+    operand_names = tuple(call.operands)
     is_tuple = result_shape.is_tuple()
     result_shapes = list(result_shape.tuple_shapes()) if is_tuple else [result_shape]
     result_shardings = list(result_sharding.tuple_elements()) if is_tuple else [result_sharding]
-    result_names = op.results(operand_names, len(result_shapes) > 1)
-    if op.has_workspace:
-        result_names = (*result_names, WORKSPACE)
+    result_names = (*call.results, WORKSPACE) if op.has_workspace else call.results
 
     names = (*operand_names, *result_names)
     xla_shapes = dict(zip(names, (*operand_shapes, *result_shapes), strict=True))
@@ -180,19 +174,23 @@ def _partition(
         # Inside shard_map the shapes are those of one device already.
         local = {name: tuple(shape.dimensions()) for name, shape in xla_shapes.items()}
     else:
-        split = _choose_split(operand_names, result_names, xla_shapes, shardings)
+        split = _choose_split(call, result_names, xla_shapes, shardings)
         shardings = {name: split.tiling(name, tuple(shape.dimensions())).to_xla() for name, shape in xla_shapes.items()}
         local = {name: tuple(shardings[name].tile(shape).dimensions()) for name, shape in xla_shapes.items()}
-        sharers = split.kv_head_sharers()
-        if sharers is not None and op.partial_results:
-            groups = _ids_of_all(sharers, attributes.get("groups", ""), split.layout)
-            sums = {result_names.index(name): groups for name in op.partial_results}
+        for name in op.partial_results:
+            sharers = split.sharers(name, tuple(xla_shapes[name].dimensions()))
+            if sharers is not None:
+                groups = _ids_of_all(sharers, attributes.get("groups", ""), split.layout)
+                sums[result_names.index(name)] = groups
+    share = call.on(local)
+    floats = devices.workspace_of_share(op, call.problem, share, local[WORKSPACE][-1]) if op.has_workspace else 0
     module = ffi_target.module_bytecode(
         op,
         [(local[name], xla_shapes[name].numpy_dtype()) for name in operand_names],
         [(local[name], xla_shapes[name].numpy_dtype()) for name in result_names],
-        ffi_target.with_shapes(problem, local),
+        share,
         sums,
+        floats,
     )
     outputs = [shardings[name] for name in result_names]
     packed = xla_client.HloSharding.tuple_sharding(result_shape, outputs) if is_tuple else outputs[0]
@@ -222,17 +220,22 @@ def _ids_of_all(groups: np.ndarray, outer: str, layout: axes.Layout) -> np.ndarr
     if not outer:
         return groups
     if outer == "unknown":
+        got, expected, of = (
+            ("query heads divided more finely than KV heads", "KV heads divided as the query heads are", "k and v")
+            if layout.has_heads
+            else ("rows divided", "whole rows", "weight")
+        )
         raise ValueError(
-            f"{layout.function}: got query heads divided more finely than KV heads inside a shard_map over some mesh "
-            "axes, with several axes left to the compiler, expected KV heads divided as the query heads are: heed "
-            "cannot tell over which devices to sum the gradients of k and v. Make more mesh axes manual (axis_names)."
+            f"{layout.function}: got {got} inside a shard_map over some mesh axes, with several axes left to the "
+            f"compiler, expected {expected}: heed cannot tell over which devices to sum the gradients of {of}. Make "
+            "more mesh axes manual (axis_names)."
         )
     ids = np.array([[int(i) for i in group.split(",")] for group in outer.split(";")])
     return np.concatenate(ids[:, groups])
 
 
 def _choose_split(
-    operand_names: Sequence[str], result_names: Sequence[str], xla_shapes: Mapping[str, Any], found: Mapping[str, Any]
+    call: Call, result_names: Sequence[str], xla_shapes: Mapping[str, Any], found: Mapping[str, Any]
 ) -> Split:
     """The division that the call takes, from the shardings that XLA found."""
     shapes = {name: tuple(shape.dimensions()) for name, shape in xla_shapes.items()}
@@ -242,9 +245,7 @@ def _choose_split(
         name: Tiling.whole(len(shapes[name]), num_devices) if tiling is None else tiling
         for name, tiling in parsed.items()
     }
-    return choose_split(
-        {name: shapes[name] for name in operand_names}, {name: shapes[name] for name in result_names}, tilings
-    )
+    return choose_split(call.layout, call.operands, {name: shapes[name] for name in result_names}, tilings)
 
 
 def _no_gspmd(*_: Any) -> Any:

@@ -1,8 +1,8 @@
-"""The JAX primitives of attention's forward and backward pass, and their rules: types, batching and lowering.
+"""The JAX primitive of each op, and what primitives share: types, batching and lowering.
 
 Operands are those present, in the order of the op's `operand_names`. Each has the same number of leading axes, of full
-size or 1 (which broadcasts): `vmap` adds one per level. Results have all leading axes in full: out[, lse], or dq, dk,
-dv[, dsinks][, dalibi_slopes]. Neither primitive has a derivative: `vjp.py` makes the second that of the first.
+size or 1 (which broadcasts): `vmap` adds one per level. Results have all leading axes in full. No primitive but that of
+`rope` (`rope_rules.py`) has a derivative: `vjp.py` and `small_vjp.py` make one that of another.
 """
 
 # mypy: disable-error-code="no-untyped-call"
@@ -20,20 +20,19 @@ from jax.interpreters import ad, batching, mlir
 from jax.sharding import SingleDeviceSharding
 from jaxlib.mlir.dialects import stablehlo
 
-from heed._jax import axes, devices, ffi_target, partition, types
+from heed._jax import devices, ffi_target, partition, types
 from heed._jax.ops import OPS, WORKSPACE, Op
-from heed._problem import AttentionStatics, function_of
 
 Operands = tuple[str, ...]
 
 
-def _abstract_eval(op: Op, *avals: Any, statics: AttentionStatics, operands: Operands) -> list[Any]:
-    return types.result_types(operands, avals, op.results(operands, statics.return_lse))
+def _abstract_eval(op: Op, *avals: Any, statics: Any, operands: Operands) -> list[Any]:
+    return types.result_types(op.call(statics, operands, avals), avals)
 
 
-def _jvp(primals: Any, tangents: Any, *, operands: Operands, **_: Any) -> Any:
-    """Reached by differentiating a gradient, never by differentiating attention (`vjp.py` has that rule)."""
-    what = function_of(operands)
+def _jvp(op: Op, primals: Any, tangents: Any, *, statics: Any, operands: Operands) -> Any:
+    """Reached by differentiating a gradient, never by differentiating a function (which has a rule of its own)."""
+    what = op.call(statics, operands, primals).layout.function
     raise NotImplementedError(
         f"heed.{what}: got a derivative of its gradient, expected first derivatives only. The backward pass is a "
         "kernel that has no derivative itself: jax.grad of jax.grad, jax.hessian and the like do not work through it. "
@@ -61,26 +60,24 @@ def _is_manual(context: Any) -> bool:
     return isinstance(context, mlir.SPMDAxisContext) and set(context.manual_axes) == set(context.mesh.axis_names)
 
 
-def _lower(op: Op, ctx: Any, *values: Any, statics: AttentionStatics, operands: Operands) -> Any:
-    text = op.text(statics, operands, ctx.avals_in)
+def _lower(op: Op, ctx: Any, *values: Any, statics: Any, operands: Operands) -> Any:
+    called = op.call(statics, operands, ctx.avals_in)
     platforms = ctx.platforms or ctx.module_context.platforms
-    workspace = devices.prepare(op, text, platforms, function_of(operands))
+    workspace = devices.prepare(op, called.problem, platforms, called.layout.function)
     ffi_target.register()
     partition.register()
     is_manual = _is_manual(ctx.module_context.axis_context)
     if not is_manual:
-        partition.refuse_visible(operands, ctx.avals_in, values)
-    shapes = dict(zip(op.results(operands, statics.return_lse), [aval.shape for aval in ctx.avals_out], strict=True))
+        partition.refuse_visible(called, values)
+    shapes = dict(zip(called.results, [aval.shape for aval in ctx.avals_out], strict=True))
     result_types = [ffi_target.tensor_type(aval.shape, aval.dtype) for aval in ctx.avals_out]
     if workspace is not None:
         shapes[WORKSPACE] = workspace
         result_types.append(ffi_target.tensor_type(workspace, jnp.float32))
     groups = "" if is_manual else partition.device_groups(ctx.module_context.axis_context)
-    call = ffi_target.emit_call(op, values, result_types, text, groups)
+    call = ffi_target.emit_call(op, values, result_types, called.problem, groups)
     if not is_manual:  # also for one device: an exported program may be called on sharded arrays
-        call.operation.attributes["sdy.sharding_rule"] = partition.sharding_rule(
-            {name: aval.shape for name, aval in zip(operands, ctx.avals_in, strict=True)}, shapes
-        )
+        call.operation.attributes["sdy.sharding_rule"] = partition.sharding_rule(called, shapes)
     results = list(call.results)[: len(ctx.avals_out)]
     if "cuda" in platforms:
         # Where a result is both used and written into a larger array (a scan's stacked outputs), XLA's GPU compiler
@@ -104,7 +101,7 @@ def _define(op: Op) -> Primitive:
     primitive.multiple_results = True
     primitive.def_abstract_eval(functools.partial(_abstract_eval, op))
     primitive.def_impl(functools.partial(run, op))
-    ad.primitive_jvps[primitive] = _jvp
+    ad.primitive_jvps[primitive] = functools.partial(_jvp, op)
     batching.primitive_batchers[primitive] = functools.partial(_batch, primitive)
     # Not cacheable: the rule looks at where its operands come from.
     mlir.register_lowering(primitive, functools.partial(_lower, op), cacheable=False)
@@ -114,15 +111,15 @@ def _define(op: Op) -> Primitive:
 # Eager calls.
 
 
-def run(op: Op, *arrays: Any, statics: AttentionStatics, operands: Operands) -> Any:
+def run(op: Op, *arrays: Any, statics: Any, operands: Operands) -> Any:
     """Runs the op on concrete arrays, at once."""
-    check_placement(operands, arrays)
+    check_placement(op, statics, operands, arrays)
     with jax.disable_jit(False):  # the only way to run is compiled, whatever the user set
         return compiled(op, statics, operands)(*arrays)
 
 
 @functools.lru_cache(maxsize=1024)
-def compiled(op: Op, statics: AttentionStatics, operands: Operands) -> Any:
+def compiled(op: Op, statics: Any, operands: Operands) -> Any:
     """The jitted call for eager use: JAX's own fast path, with the static arguments in this cache's key."""
     primitive = PRIMITIVES[op]
 
@@ -133,16 +130,16 @@ def compiled(op: Op, statics: AttentionStatics, operands: Operands) -> Any:
     return jax.jit(call)
 
 
-def check_placement(operands: Sequence[str], arrays: Sequence[Any]) -> None:
-    """Refuses concrete arrays that are sharded along an axis that attention cannot keep sharded."""
-    layout = axes.layout_of(operands)
+def check_placement(op: Op, statics: Any, operands: Sequence[str], arrays: Sequence[Any]) -> None:
+    """Refuses concrete arrays that are sharded along an axis that cannot stay sharded."""
     for name, array in zip(operands, arrays, strict=True):
         sharding = getattr(array, "sharding", None)
         if sharding is None or type(sharding) is SingleDeviceSharding or sharding.is_fully_replicated:
             continue
+        layout = op.call(statics, operands, arrays).layout
         local = sharding.shard_shape(array.shape)
         for axis, size, local_size in zip(layout.names(name, array.ndim), array.shape, local, strict=True):
-            if local_size != size and not axes.is_shardable(axis):
+            if local_size != size and not layout.is_shardable(axis):
                 raise layout.refuse_axis(name, axis, array.shape, f"{-(-size // local_size)} ways")
 
 

@@ -1,4 +1,4 @@
-"""How tensors lie on devices, read from and written as XLA's shardings, and how an attention call can be divided."""
+"""How tensors lie on devices, read from and written as XLA's shardings, and how a call can be divided."""
 
 from __future__ import annotations
 
@@ -86,8 +86,9 @@ class Tiling:
 class Split:
     """One way to divide the call.
 
-    devices: ids over [lead..., batch, shards of the KV heads, shards that share KV heads, manual, copies].
-    layout: the axes of the call's tensors. A call without a batch axis has size 1 there.
+    devices: ids over [lead..., divisible..., shards of both kinds of heads, of query heads only, of KV heads only,
+        manual, copies], where `layout.divisible` are axes such as the batch. Shards of query heads only share KV heads.
+    layout: the axes of the call's tensors.
     """
 
     devices: np.ndarray
@@ -95,50 +96,77 @@ class Split:
 
     @property
     def num_lead(self) -> int:
-        return self.devices.ndim - 5
+        return self.devices.ndim - 5 - len(self.layout.divisible)
 
     @staticmethod
     def along(
-        layout: axes.Layout, name: str, shape: Shape, tiling: Tiling, q_heads: int, kv_heads: int
-    ) -> Split | None:
-        """The division that follows one tensor's tiles. None if its heads cannot be divided so."""
+        layout: axes.Layout, name: str, shape: Shape, tiling: Tiling, num_heads: tuple[int, int], kv_tiles: int
+    ) -> list[Split]:
+        """The divisions that follow one tensor's tiles, best first; none if its heads cannot be divided so.
+
+        num_heads: of q and of k. kv_tiles: into how many k lies divided.
+        """
         names = layout.names(name, len(shape))
         num_lead = layout.num_lead(name, len(shape))
-        wanted = [f"lead{i}" for i in range(num_lead)] + ["batch", "q_heads" if "q_heads" in names else "kv_heads"]
+        heads = "q_heads" if "q_heads" in names else "kv_heads"
+        wanted = [*(f"lead{i}" for i in range(num_lead)), *layout.divisible, heads]
         kept = [names.index(axis) if axis in names else None for axis in wanted]
         rest = [i for i in range(len(names)) if i not in kept]  # token axes of a result: the tiles hold the same rows
         rank = len(shape)
         devices = tiling.devices.transpose([*(i for i in kept if i is not None), rank, *rest, rank + 1])
         counts = [1 if i is None else tiling.tiles[i] for i in kept]
         ways = counts.pop()
-        kv_ways = axes.kv_head_shards(q_heads, kv_heads, ways)
-        if kv_ways is None or (wanted[-1] == "kv_heads" and kv_ways != ways):
-            return None
         manual = tiling.devices.shape[-2]
-        return Split(devices.reshape(*counts, kv_ways, ways // kv_ways, manual, -1), layout)
+        return [
+            Split(devices.reshape(*counts, *shards, manual, -1), layout)
+            for shards in _head_shards(layout, heads == "q_heads", ways, num_heads, kv_tiles)
+        ]
 
     def tiling(self, name: str, shape: Shape) -> Tiling:
         """How a tensor lies on the devices under this division."""
-        lead = self.num_lead
-        sources: dict[str, tuple[int, ...]] = {f"lead{i}": (i,) for i in range(lead)}
-        sources |= {"batch": (lead,), "q_heads": (lead + 1, lead + 2), "kv_heads": (lead + 1,)}
+        kept = self._sources(name, shape)
+        used = [i for group in kept for i in group]
+        manual = self.devices.ndim - 2
+        copies = [i for i in range(self.devices.ndim) if i not in used and i != manual]
+        tiles = [math.prod(self.devices.shape[i] for i in group) for group in kept]
+        devices = self.devices.transpose([*used, manual, *copies])
+        return Tiling(devices.reshape(*tiles, self.devices.shape[manual], -1))
+
+    def _sources(self, name: str, shape: Shape) -> list[tuple[int, ...]]:
+        """For each axis of a tensor, the axes of `devices` that divide it."""
+        heads = self.devices.ndim - 5
+        divided = [*(f"lead{i}" for i in range(self.num_lead)), *self.layout.divisible]
+        sources: dict[str, tuple[int, ...]] = {axis: (i,) for i, axis in enumerate(divided)}
+        sources |= {"q_heads": (heads, heads + 1), "kv_heads": (heads, heads + 2)}
         names = self.layout.names(name, len(shape))
-        kept = [
+        return [
             () if axis.startswith("lead") and size == 1 else sources.get(axis, ())
             for axis, size in zip(names, shape, strict=True)
         ]
-        used = [i for group in kept for i in group]
-        copies = [i for i in range(self.devices.ndim) if i not in used and i != lead + 3]
-        tiles = [math.prod(self.devices.shape[i] for i in group) for group in kept]
-        devices = self.devices.transpose([*used, lead + 3, *copies])
-        return Tiling(devices.reshape(*tiles, self.devices.shape[lead + 3], -1))
 
-    def kv_head_sharers(self) -> np.ndarray | None:
-        """The groups of devices that have different query heads of one and the same KV head, [groups, devices].
+    def sharers(self, name: str, shape: Shape) -> np.ndarray | None:
+        """The groups of devices that have parts of one and the same tile of a sum, [groups, devices].
 
-        None: no two devices do.
+        Such as those with different query heads of one KV head, whose gradient is the sum. None: no two devices do.
         """
-        ways = self.devices.shape[self.num_lead + 2]
+        used = {i for group in self._sources(name, shape) for i in group}
+        summed = [i for i in range(self.num_lead, self.devices.ndim - 2) if i not in used]
+        ways = math.prod(self.devices.shape[i] for i in summed)
         if ways == 1:
             return None
-        return np.moveaxis(self.devices, self.num_lead + 2, -1).reshape(-1, ways)
+        rest = [i for i in range(self.devices.ndim) if i not in summed]
+        return self.devices.transpose([*rest, *summed]).reshape(-1, ways)
+
+
+def _head_shards(
+    layout: axes.Layout, are_q_heads: bool, ways: int, num_heads: tuple[int, int], kv_tiles: int
+) -> list[tuple[int, int, int]]:
+    """The shards (of both kinds of heads, of query heads only, of KV heads only) that cut one kind `ways` ways."""
+    if layout.heads_are_tied:
+        kv_ways = axes.kv_head_shards(*num_heads, ways)
+        if kv_ways is None or (kv_ways != ways and not are_q_heads):
+            return []
+        return [(kv_ways, ways // kv_ways, 1)]
+    if not are_q_heads:
+        return [(1, 1, ways)]
+    return [(shared, ways // shared, 1) for shared in dict.fromkeys((kv_tiles, 1)) if ways % shared == 0]

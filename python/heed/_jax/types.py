@@ -9,39 +9,50 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from heed._jax import axes
+from heed._jax.ops import Call
+
+_FLOAT32_RESULTS = ("lse", "dsinks", "dalibi_slopes", "dweight")
 
 
-def result_types(operands: Sequence[str], avals: Sequence[Any], results: Sequence[str]) -> list[Any]:
-    """The abstract values of results, in the dtype of q but for the statistics and gradients of per-head values."""
-    layout = axes.layout_of(operands)
-    q, k = avals[0], avals[1]
-    mesh = next((aval.sharding.mesh for aval in avals if not aval.sharding.mesh.empty), q.sharding.mesh)
+def result_types(call: Call, avals: Sequence[Any]) -> list[Any]:
+    """The abstract values of a call's results: statistics and sums in float32, the others in the dtype of q or x."""
+    layout, operands = call.layout, tuple(call.operands)
+    first = avals[0]
+    mesh = next((aval.sharding.mesh for aval in avals if not aval.sharding.mesh.empty), first.sharding.mesh)
     sharded = _typed_axes(layout, operands, avals)
     if sharded:
-        sharded["q_heads"] = _typed_head_axes(layout, sharded, q.shape[-2], k.shape[-2], mesh)
+        if layout.has_heads and layout.heads_are_tied:
+            sharded["q_heads"] = _typed_head_axes(layout, sharded, *layout.heads(call.operands), mesh)
+        else:
+            _check_disjoint(layout, {axis: entry for axis, entry in sharded.items() if axis != "q_heads"})
         _check_disjoint(layout, {axis: entry for axis, entry in sharded.items() if axis != "kv_heads"})
+    by_name = dict(zip(operands, avals, strict=True))
+    own = {result: by_name[operand] for operand, result in call.op.own_results}
     typed = []
-    for name, shape in zip(results, _result_shapes(layout, operands, avals, results), strict=True):
+    for name, shape in zip(call.results, _result_shapes(call), strict=True):
         entries = [sharded.get(axis) for axis in layout.names(name, len(shape))]
         entries = [None if size == 1 else entry for size, entry in zip(shape, entries, strict=True)]
-        dtype = np.dtype(np.float32) if name in ("lse", "dsinks", "dalibi_slopes") else q.dtype
+        dtype = np.dtype(np.float32) if name in _FLOAT32_RESULTS else first.dtype
         sharding = NamedSharding(mesh, PartitionSpec(*entries))
         # `update` keeps what else a type has, such as the manual mesh axes that it varies over.
-        typed.append(q.update(shape=shape, dtype=dtype, weak_type=False, sharding=sharding))
+        like = own.get(name, first)
+        typed.append(like.update(shape=shape, dtype=dtype, weak_type=False, sharding=sharding))
     return typed
 
 
-def _result_shapes(
-    layout: axes.Layout, operands: Sequence[str], avals: Sequence[Any], results: Sequence[str]
-) -> list[tuple[int, ...]]:
-    sizes: dict[str, int] = {}
-    for name, aval in zip(operands, avals, strict=True):
-        for axis, size in zip(layout.names(name, aval.ndim), aval.shape, strict=True):
-            if size != 1 or axis not in sizes:  # 1: a leading axis that broadcasts. No "<": sizes may be symbols
+def _result_shapes(call: Call) -> list[tuple[int, ...]]:
+    layout, sizes = call.layout, dict[str, int]()
+    for name, shape in call.operands.items():
+        for axis, size in zip(layout.names(name, len(shape)), shape, strict=True):
+            if size != 1 or axis not in sizes:  # 1: a leading axis that broadcasts
                 sizes[axis] = size
-    num_lead = layout.num_lead("q", avals[0].ndim)
+    for axis, whole in layout.halves.items():
+        sizes[axis] = sizes[whole] // 2
+    first, shape = next(iter(call.operands.items()))
+    num_lead = layout.num_lead(first, len(shape))
     return [
-        tuple(sizes[axis] for axis in layout.names(name, num_lead + len(layout.trailing[name]))) for name in results
+        tuple(sizes[axis] for axis in layout.names(name, num_lead + len(layout.trailing[name])))
+        for name in call.results
     ]
 
 
@@ -62,7 +73,7 @@ def _typed_axes(layout: axes.Layout, operands: Sequence[str], avals: Sequence[An
         for axis, entry in zip(layout.names(name, aval.ndim), spec, strict=True):
             if entry is None or entry is PartitionSpec.UNCONSTRAINED:
                 continue
-            if not axes.is_shardable(axis):
+            if not layout.is_shardable(axis):
                 raise layout.refuse_axis(name, axis, aval.shape, f"over {entry!r}")
             other, known = found.setdefault(axis, (name, entry))
             if known != entry:

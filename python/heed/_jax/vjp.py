@@ -39,17 +39,20 @@ def _backward(
     arrays, out, lse = residuals
     names = (*operands, "out", "lse", "dout", "dlse")[: len(operands) + 2 + len(cotangents)]
     gradients = attention_bwd(statics, names, (*arrays, out, lse, *cotangents))
-    return (tuple(_like(gradients.get(name), x) for name, x in zip(operands, arrays, strict=True)),)
+    return (tuple(_of_operand(gradients.get(name), x) for name, x in zip(operands, arrays, strict=True)),)
 
 
 attention.defvjp(_forward, _backward)
 
 
-def _like(gradient: Any | None, operand: Any) -> Any | None:
-    """Under an explicit mesh a gradient is sharded as its operand is. Integers have none."""
-    if gradient is None:
-        return None
-    sharding = jax.typeof(operand).sharding
+def _of_operand(gradient: Any | None, operand: Any) -> Any | None:
+    """Integers have no gradient."""
+    return None if gradient is None else like(gradient, jax.typeof(operand))
+
+
+def like(gradient: Any, aval: Any) -> Any:
+    """Under an explicit mesh a gradient is sharded as its operand is, whose type this is."""
+    sharding = aval.sharding
     if not sharding.mesh.explicit_axes or jax.typeof(gradient).sharding == sharding:
         return gradient
     return jax.sharding.reshard(gradient, sharding)
