@@ -26,8 +26,12 @@ from expected import (  # noqa: E402
     judge_gradients,
 )
 from grad_faces import bwd_of  # noqa: E402
-from heed._arrays import DLPackOps  # noqa: E402
+from heed._arrays import DLPackOps, common_kind  # noqa: E402
+from heed._small_ops import ACT_AND_MUL_BWD, RMS_NORM_BWD, ActStatics, NormStatics, run_eagerly  # noqa: E402
 from heed.reference import Gradients  # noqa: E402
+from small_op_faces import cotangents_of, expected, expected_gradients  # noqa: E402
+from small_op_specs import BY_NAME as SMALL_BY_NAME  # noqa: E402
+from small_op_specs import OpCase  # noqa: E402
 from specs import BY_NAME, AttentionSpec  # noqa: E402
 from varlen_specs import VARLEN, VarlenSpec  # noqa: E402
 
@@ -74,6 +78,44 @@ PACKED = (
     "varlen_used_nan_float16",
     "varlen_everything",
 )
+SMALL = (
+    "silu_bfloat16",
+    "silu_h59",
+    "silu_rank_4",
+    "gelu_float16",
+    "gelu_wide_float32",
+    "gelu_tanh_wide_row",
+    "rope_bfloat16",
+    "rope_interleaved_float16",
+    "rope_gaps",
+    "rope_partial",
+    "rope_odd_head",
+    "rope_many_sequences",
+    "rope_no_sequences",
+    "rope_pos_ids_options",
+    "rope_cache_bfloat16",
+    "rope_cache_options",
+    "rope_llama31",
+    "norm_float16",
+    "norm_add_bfloat16",
+    "norm_h1021",
+    "norm_h4096",
+    "norm_h12289",
+    "norm_add_h1021",
+    "norm_many_rows",
+    "norm_no_rows",
+    "decode_float32",
+    "decode_tutorial_bfloat16",
+    "decode_s1031",
+    "decode_empty_sinks",
+    "decode_d59",
+    "decode_d192_v128",
+    "decode_hnd",
+    "decode_window_hides_nan",
+    "decode_rope",
+    "decode_everything",
+    "decode_everything_f32",
+)
 OF_HEADS = ("dsinks", "dalibi_slopes")
 
 
@@ -103,6 +145,50 @@ def run_backward(case: GradientCase, spec: AttentionSpec | VarlenSpec) -> None:
         case.expected.check(host, f"{spec.name}, deterministic={deterministic}")
 
 
+def run_small_forward(case: OpCase, name: str) -> None:
+    results = getattr(heed.ops, case.function)(**each_array(to_cupy, case.arrays), **case.statics)
+    cupy.cuda.Device().synchronize()
+    results = results if isinstance(results, tuple) else (results,)
+    for want, result in zip(expected(case), results, strict=True):
+        want.check(from_cupy(result), name)
+
+
+def run_small_backward(case: OpCase, name: str) -> bool:
+    """The backward kernel of activations and norms. The others have none of their own: False."""
+    cotangents = cotangents_of(case)
+    statics: ActStatics | NormStatics
+    if case.function.endswith("_and_mul"):
+        op, statics = ACT_AND_MUL_BWD, ActStatics(case.function.removesuffix("_and_mul"), None)
+        operands = [case.arrays["x"], *cotangents]
+    elif "norm" in case.function:
+        op, statics = RMS_NORM_BWD, NormStatics(case.statics.get("eps", 1e-6), None)
+        total = (
+            expected(case)[1].oracle.astype(case.arrays["x"].dtype) if "residual" in case.arrays else case.arrays["x"]
+        )
+        operands = [total, case.arrays["weight"], *cotangents, *[None] * (2 - len(cotangents))]
+    else:
+        return False
+    given = [None if x is None else to_cupy(x) for x in operands]
+    found = run_eagerly(common_kind(op.names, given), op, f"ops.{case.function}", statics, given)
+    cupy.cuda.Device().synchronize()
+    dx, *dweight = map(from_cupy, found)
+    for want in expected_gradients(case, cotangents):
+        want.check(dweight[0].astype(want.dtype) if want.name == "dweight" else dx, name)
+    return True
+
+
+def run_small(name: str, which: str | None) -> int:
+    """Both passes or one. Returns how many calls there were."""
+    case = SMALL_BY_NAME[name].case()
+    num_calls = 0
+    if which in (None, "forward"):
+        run_small_forward(case, name)
+        num_calls += 1
+    if which in (None, "backward"):
+        num_calls += run_small_backward(case, name)
+    return num_calls
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--only", default="", help="run the cases whose name contains this text")
@@ -120,6 +206,7 @@ def main() -> int:
             if given.which in (None, which):
                 judge_gradients(spec, lambda case, run=run, spec=spec: run(case, spec))  # type: ignore[misc]
                 num_calls += 1
+    num_calls += sum(run_small(name, given.which) for name in SMALL if given.only in name)
     print(f"{num_calls} calls gave the right results")
     return 0 if num_calls else 1
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Prepares everything that a job needs on a fresh Debian or Ubuntu, and does no work twice:
 #
-#   scripts/setup.sh wheel|demo|train-demo|test|test-gpu|bench|bench-gpu|compile|docs|lint
+#   scripts/setup.sh wheel|demo|train-demo|tutorial|test|test-gpu|bench|bench-gpu|compile|docs|lint
 #
 # System packages (through apt, where root or passwordless sudo allows), a virtual environment in .venv, Python packages,
 # the wheel of this tree built in build/release and installed, and for `test` the C++ tests. A finished step leaves a
@@ -24,6 +24,7 @@ case $job in
   demo | train-demo) extras=examples
     if [[ $job == train-demo ]]; then extras+=,train; fi
     if has_gpu; then extras+=,gpu; fi ;;
+  tutorial) extras=$(has_gpu && echo gpu || true) ;;
   test) extras=test,examples,train ;;
   test-gpu) extras=test,examples,train,gpu,test-gpu ;;
   bench) extras=bench ;;

@@ -94,7 +94,7 @@ class ExpectedGradients:
         """Of each element the worst of that many evaluations."""
         while self._num_evaluations < num_evaluations:
             one = self._evaluate()
-            self._naive = [_farther(*three) for three in zip(self.oracle, self._naive or one, one, strict=True)]
+            self._naive = [farther(*three) for three in zip(self.oracle, self._naive or one, one, strict=True)]
             self._num_evaluations += 1
         return Gradients(*self._naive)
 
@@ -155,7 +155,7 @@ class ExpectedGradients:
         self._try_roundings(check)
 
 
-def _farther(right: Any, x: Any, y: Any) -> Any:
+def farther(right: Any, x: Any, y: Any) -> Any:
     """Of each element the one that is farther off."""
     if right is None:
         return None

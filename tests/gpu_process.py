@@ -105,6 +105,50 @@ def run_command_buffer(folder: Path) -> dict[str, Any]:
     return {"counts": counts, "loop_calls": loop_calls, "stages": sorted(set(stages))}
 
 
+def run_ops_command_buffer(folder: Path) -> dict[str, Any]:
+    """Runs one program of several of heed.ops again and again with new data in the same memory."""
+    stages = count_calls()
+    import jax
+    import numpy as np
+
+    from heed import ops
+
+    rng = np.random.default_rng(0)
+    tokens, heads, dim = 96, 4, 64
+    weight = rng.standard_normal(heads * dim).astype(np.float16)
+    fixed = {"weight": weight, "indptr": np.array([0, 40, tokens], np.int32), "offsets": np.array([7, 0], np.int32)}
+    placed = jax.device_put(fixed, jax.devices("cuda")[0])
+    x = jax.device_put(rng.standard_normal((tokens, heads * dim)).astype(np.float16), jax.devices("cuda")[0])
+
+    @jax.jit
+    def layer(x: Any, fixed: dict[str, Any]) -> dict[str, Any]:
+        normed = ops.rms_norm(x, fixed["weight"])
+        q = normed.reshape(tokens, heads, dim)
+        k = q[:, ::2]
+        q_rope, k_rope = ops.apply_rope(q, k, fixed["indptr"], fixed["offsets"])
+        query = q_rope[-1]
+        out = ops.single_decode(query, k_rope, k)
+        return {
+            "normed": normed, "q": q, "k": k, "q_rope": q_rope, "k_rope": k_rope, "query": query, "out": out,
+            "gated": ops.silu_and_mul(q_rope),
+        }  # fmt: skip
+
+    # In place: the next call finds other numbers at the same address.
+    change = jax.jit(lambda x: (x * -0.75 + 0.125).astype(x.dtype), donate_argnums=0)
+    kept: list[dict[str, Any]] = []
+    counts = []
+    for _ in range(2 * REPLAYS):
+        before = stages.count(EXECUTE)
+        results = jax.block_until_ready(layer(x, placed))
+        counts.append(stages.count(EXECUTE) - before)
+        kept.append({name: np.asarray(y) for name, y in {**results, "x": x}.items()})
+        del results
+        x = change(x)
+    stacked = {name: np.stack([one[name] for one in kept]) for name in kept[0]}
+    np.savez(folder / "results.npz", **stacked, **fixed)  # type: ignore[arg-type]
+    return {"counts": counts, "num_ops": 4}
+
+
 def run_exported(folder: Path) -> dict[str, Any]:
     """Runs an exported program in a process that has imported heed and traced nothing: no kernel is loaded yet."""
     stages = count_calls()
@@ -178,6 +222,7 @@ if __name__ == "__main__":
     cases = {
         "cached": run_cached,
         "command_buffer": run_command_buffer,
+        "ops_command_buffer": run_ops_command_buffer,
         "export": run_export,
         "exported": run_exported,
     }

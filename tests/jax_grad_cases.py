@@ -113,7 +113,7 @@ def check_sums(got: Mapping[str, Any], calls: Sequence[Mapping[str, Any]], what:
     assert set(got) <= set(parts[0]), what
     for name, x in got.items():
         x = np.asarray(x)
-        fits = [total.astype(x.dtype) == x for total in _sums_in_any_order([part[name] for part in parts])]
+        fits = [total.astype(x.dtype) == x for total in sums_in_any_order([part[name] for part in parts])]
         wrong = ~np.any(fits, axis=0)
         assert not wrong.any(), (
             f"{what}: gradient of {name}: {int(wrong.sum())} of {wrong.size} elements are no sum of those of "
@@ -141,7 +141,7 @@ def check_divided(got: Mapping[str, Any], operands: Mapping[str, Any], ways: int
         check_sums({name: np.asarray(got[name])[..., h : h + 1, :] for name in ("k", "v")}, parts, f"{what}, head {h}")
 
 
-def _sums_in_any_order(parts: Sequence[np.ndarray]) -> list[np.ndarray]:
+def sums_in_any_order(parts: Sequence[np.ndarray]) -> list[np.ndarray]:
     """The float32 sums of arrays for every way to put the brackets: one of two arrays, 3 of three, 15 of four."""
     if len(parts) == 1:
         return [parts[0].astype(np.float32)]
@@ -151,7 +151,7 @@ def _sums_in_any_order(parts: Sequence[np.ndarray]) -> list[np.ndarray]:
         if not all(chosen):
             left = [first, *itertools.compress(others, chosen)]
             right = list(itertools.compress(others, [not x for x in chosen]))
-            sums += [x + y for x in _sums_in_any_order(left) for y in _sums_in_any_order(right)]
+            sums += [x + y for x in sums_in_any_order(left) for y in sums_in_any_order(right)]
     return sums
 
 

@@ -52,6 +52,16 @@ def test_the_list_has_what_common_calls_get(op: str, arch: str) -> None:
         assert any(element in text for text in texts), element
 
 
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("op", ["act_and_mul", "rope", "rms_norm", "rms_norm_bwd"])
+def test_the_list_has_the_kernels_of_small_ops(op: str, arch: str) -> None:
+    texts = [text for text in ahead_of_time_list(arch) if text.partition(" ")[0].endswith(f"_{op}")]
+    assert len(set(texts)) == len(texts)
+    for element in ("kBFloat16", "kFloat16", "kFloat32"):
+        assert any(element in text for text in texts), element
+    assert not any("is_aligned = false" in text for text in texts)
+
+
 def allowed_spill_bytes(text: str, arch: str) -> int | None:
     """None for head dims above 128, where nothing is promised. float32 at 128 spills a little on older GPUs."""
     dim = largest_head_dim(text)

@@ -185,7 +185,8 @@ ROWS = [
         ("sm80_attention_fwd", "needs an NVIDIA .*GPU"), PLACED),
 ]  # fmt: skip
 
-ARRAYS = ("q", "k", "v", "sinks", "alibi_slopes", "segment_ids", "cu_seqlens_q", "cu_seqlens_k", "seqused_k")
+ARRAYS = ("q", "k", "v", "sinks", "alibi_slopes", "segment_ids", "cu_seqlens_q", "cu_seqlens_k", "seqused_k",
+          "x", "weight", "residual", "indptr", "offsets", "pos_ids", "cos_sin_cache")  # fmt: skip
 
 
 def invoke(mode: str, arguments: dict[str, Any], function: Any = heed.flash_mha) -> Any:

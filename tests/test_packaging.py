@@ -75,7 +75,8 @@ def test_one_version() -> None:
 def test_wheel_holds_what_it_promises() -> None:
     for name in ["py.typed", "__init__.py", "reference.py"]:
         assert any((entry / name).is_file() for entry in PACKAGES), f"{name} is missing"
-    for name in ["include/heed/heed.h", "licenses/LICENSE", "licenses/libhwy.txt", "licenses/libtbb.txt"]:
+    headers = ["include/heed/heed.h", "include/heed/ops.h"]
+    for name in [*headers, "licenses/LICENSE", "licenses/libhwy.txt", "licenses/libtbb.txt"]:
         assert (PACKAGE / name).is_file(), f"{name} is missing"
     libraries = {path.name for path in (PACKAGE / "lib").glob("*.so*")}
     assert libraries == set(EXPECTED_LIBRARIES)

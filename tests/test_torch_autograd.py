@@ -182,6 +182,33 @@ def test_second_derivatives_are_refused(device: str) -> None:
         gradients.dq.sum().backward()
 
 
+@pytest.mark.parametrize("needs_grad", [False, True])
+def test_forward_mode_is_refused(needs_grad: bool, device: str) -> None:
+    """Never dropped: a tangent that nobody differentiates would be taken for zeros."""
+    forward_ad = torch.autograd.forward_ad
+    operands = dict(zip("qkv", (x.detach().requires_grad_(needs_grad) for x in small(device)), strict=True))
+    boundaries = torch.tensor([0, 30], device=device), torch.tensor([0, 40], device=device)
+
+    def packed(q: Any, k: Any, v: Any) -> Any:
+        return flash_mha_varlen(q[0], k[0], v[0], *boundaries)
+
+    message = r"^heed\.{}: got a tensor with a tangent .* expected derivatives in reverse mode only"
+    out, lse = flash_mha(**operands, return_lse=True)
+    rest = (out.detach(), lse.detach())
+    for name, x in operands.items():
+        with forward_ad.dual_level():
+            duals = {**operands, name: forward_ad.make_dual(x, torch.ones_like(x))}
+            with pytest.raises(NotImplementedError, match=message.format("flash_mha")):
+                flash_mha(**duals)
+            with pytest.raises(NotImplementedError, match=message.format("flash_mha_varlen")):
+                packed(**duals)
+            with pytest.raises(NotImplementedError, match=message.format("flash_mha_bwd")):
+                flash_mha_bwd(rest[0], *duals.values(), *rest)
+            assert torch.equal(flash_mha(**operands), out)  # nothing has a tangent here
+        with pytest.raises(NotImplementedError, match=message.format("flash_mha")):
+            torch.func.jvp(lambda x, name=name: flash_mha(**{**operands, name: x}), (x.detach(),), (x.detach(),))
+
+
 def test_operands_changed_in_place_are_noticed(device: str) -> None:
     q, k, v = small(device)
     doubled = q * 2
