@@ -12,7 +12,7 @@ endif
 ARCHS ?= sm_80 sm_89 sm_90a sm_100
 
 .DEFAULT_GOAL := help
-.PHONY: help demo train-demo test test-gpu sanitize-gpu bench bench-gpu compile wheel docs lint format clean
+.PHONY: help demo train-demo tutorial test test-gpu sanitize-gpu bench bench-gpu compile wheel docs lint format clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 20
@@ -24,6 +24,10 @@ demo: ## a real language model on heed's attention; make demo PROMPT="..."
 train-demo: ## fine-tune that model on heed and on plain attention; make train-demo TRAIN_ARGS="--steps 8"
 	@scripts/setup.sh train-demo
 	@$(PY) examples/train.py $(TRAIN_ARGS)
+
+tutorial: ## heed's kernels inside JAX programs, step by step; make tutorial TUTORIAL_ARGS="--device cpu"
+	@scripts/setup.sh tutorial
+	@$(PY) examples/tutorial.py $(TUTORIAL_ARGS)
 
 test: ## pytest and the C++ tests; make test PYTEST_ARGS="-k gqa"
 	@scripts/setup.sh test
@@ -41,11 +45,13 @@ bench: ## measure heed against what else is installed; make bench BENCH_ARGS="..
 	@scripts/setup.sh bench
 	@$(PY) bench/cpu_attention_fwd.py $(BENCH_ARGS)
 	@$(PY) bench/cpu_attention_bwd.py $(BENCH_ARGS)
+	@$(PY) bench/cpu_small_ops.py $(BENCH_ARGS)
 
 bench-gpu: ## measure heed on an NVIDIA GPU against torch and JAX; make bench-gpu BENCH_ARGS="--quick"
 	@scripts/setup.sh bench-gpu
 	@$(PY) bench/gpu_attention_fwd.py $(BENCH_ARGS)
 	@$(PY) bench/gpu_attention_bwd.py $(BENCH_ARGS)
+	@$(PY) bench/gpu_small_ops.py $(BENCH_ARGS)
 
 compile: ## compile all GPU kernels of the ahead-of-time list (needs NVRTC, no GPU); make compile ARCHS="sm_90a"
 	@scripts/setup.sh compile
