@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -118,22 +118,79 @@ VARLEN: dict[str, Iterable[Call]] = {
     "deterministic=True": [_varlen(deterministic=True)],
 }
 
-TABLES = {"`flash_mha` and its gradients": DENSE, "`flash_mha_varlen` and its gradients": VARLEN}
+
+@dataclass(frozen=True)
+class OpCall:
+    """One call of a function of heed.ops, by the shapes of its operands; int32 where they say so, else of one dtype."""
+
+    function: str
+    operands: tuple[tuple[int, ...] | Shaped, ...]
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def explain(self, dtype: str, target: str, is_backward: bool) -> heed.Explanation:
+        """Their gradients are served wherever they are, so that there is one answer."""
+        operands = [one if isinstance(one, Shaped) else Shaped(one, dtype) for one in self.operands]
+        return heed.explain(getattr(heed.ops, self.function), *operands, target=target, **self.options)
 
 
-def _served(calls: Iterable[Call], target: str, is_backward: bool) -> str:
+def _rope(function: str, *positions: Shaped, head_dim: int = 64, **options: Any) -> OpCall:
+    return OpCall(function, ((300, 8, head_dim), (300, 2, head_dim), *positions), options)
+
+
+def _decode(head_dim: int = 64, head_dim_v: int = 64, kv_len: int = 3000, **options: Any) -> OpCall:
+    operands = ((8, head_dim), (kv_len, 2, head_dim), (kv_len, 2, head_dim_v))
+    if options.get("kv_layout") == "HND":
+        operands = ((8, head_dim), (2, kv_len, head_dim), (2, kv_len, head_dim_v))
+    return OpCall("single_decode", operands, options)
+
+
+_ENDS, _STARTS, _POSITIONS = Shaped((5,), "int32"), Shaped((4,), "int32"), Shaped((300,), "int32")
+_WIDTHS = (1, 2, 7, 64, 1021, 4096, 14336)
+
+OPS: dict[str, Iterable[OpCall]] = {
+    "`silu_and_mul`, `gelu_and_mul`, `gelu_tanh_and_mul`, any width": [
+        OpCall(f"{name}_and_mul", ((5, 2 * width),)) for name in ("silu", "gelu", "gelu_tanh") for width in _WIDTHS
+    ],
+    "`apply_rope`, `apply_llama31_rope`, every head dim": [
+        _rope(name, _ENDS, _STARTS, head_dim=dim, rotary_dim=dim // 2 * 2)
+        for name in ("apply_rope", "apply_llama31_rope") for dim in HEAD_DIMS if dim > 1
+    ],
+    "`apply_rope_pos_ids`, `apply_rope_with_cos_sin_cache`": [
+        _rope("apply_rope_pos_ids", _POSITIONS, interleave=True),
+        _rope("apply_rope_with_cos_sin_cache", _POSITIONS, Shaped((4096, 32), "float32")),
+    ],
+    "`rms_norm`, `fused_add_rms_norm`, any width": [
+        *(OpCall("rms_norm", ((5, width), (width,))) for width in _WIDTHS),
+        *(OpCall("fused_add_rms_norm", ((5, width), (5, width), (width,))) for width in _WIDTHS),
+    ],
+    "`single_decode`, every head dim": [_decode(dim, dim) for dim in HEAD_DIMS],
+    "`single_decode`: layout HND, window, soft cap, sinks, ALiBi, rotation, lse, batch_invariant": [
+        _decode(kv_layout="HND"), _decode(window_left=99), _decode(logits_soft_cap=30.0), _decode(sinks=_PER_HEAD),
+        _decode(alibi_slopes=_PER_HEAD), _decode(rope_theta=1e4), _decode(return_lse=True), _decode(192, 128),
+        _decode(batch_invariant=True), _decode(kv_len=0),
+    ],
+}  # fmt: skip
+
+TABLES: dict[str, Mapping[str, Iterable[Call | OpCall]]] = {
+    "`flash_mha` and its gradients": DENSE,
+    "`flash_mha_varlen` and its gradients": VARLEN,
+    "`heed.ops`": OPS,
+}
+
+
+def _served(calls: Iterable[Call | OpCall], target: str, is_backward: bool) -> str:
     """The dtypes in which every one of the calls is served on the target."""
     served = [dtype for dtype in DTYPES if all(call.explain(dtype, target, is_backward).is_served for call in calls)]
     return ", ".join(served) or "no"
 
 
-def _cell(calls: Iterable[Call], target: str) -> str:
+def _cell(calls: Iterable[Call | OpCall], target: str) -> str:
     """What is served, said once where forward and backward agree."""
     forward, backward = (_served(calls, target, is_backward) for is_backward in (False, True))
     return forward if forward == backward else f"{forward}; gradients: {backward}"
 
 
-def _table(title: str, features: dict[str, Iterable[Call]]) -> str:
+def _table(title: str, features: Mapping[str, Iterable[Call | OpCall]]) -> str:
     """One table in Markdown, with the reasons of targets that serve nothing of it."""
     cells = {feature: [_cell(list(calls), target) for target in TARGETS] for feature, calls in features.items()}
     rows = [[title, *(f"`{target}`" for target in TARGETS)], ["---"] * (len(TARGETS) + 1)]
