@@ -8,8 +8,8 @@ written for those runs on heed by changing its imports, on the CPU too:
 3. call: `jax.ffi.ffi_call(name, shapes)(*arrays, **scalars)`.
 
 The modules' functions write into tensors that they are given, of any framework with DLPack, allocate nothing, and on a
-GPU run on the stream that TVM-FFI holds for the device. They check all that they are given: shapes and values
-(ValueError), dtypes and devices (TypeError). Every tensor may have the same number of further leading axes, each of the
+GPU run on the stream that TVM-FFI holds for the device. They check all that they are given: shapes, values and devices
+(ValueError), and dtypes (TypeError). Every tensor may have the same number of further leading axes, each of the
 full size or 1, which is what `vmap_method="broadcast_all"` or "expand_dims" makes. `heed.ops` has the same operations
 as ordinary functions.
 
