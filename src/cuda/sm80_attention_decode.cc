@@ -74,16 +74,17 @@ double num_heads_at_once(const AttentionDecodeProblem& problem) {
 }
 
 // Into how many shares, a power of 2, the keys of one KV head are divided, a block for each: as many as keep a large
-// GPU of 100 to 150 multiprocessors busy together with the other heads, unless a warp would be left without a tile.
-// More than one cluster has cost a second launch, so that they must be worth it. The same on every GPU, because the
-// size of the workspace depends on it.
+// GPU of 100 to 150 multiprocessors busy together with the other heads, unless a warp would be left with less than two
+// tiles. 64 blocks are enough for the memory's bandwidth, and more than one cluster for a head costs a second launch:
+// beyond, there are more only for a few heads with many keys. The same on every GPU, because the size of the workspace
+// depends on it.
 int64_t num_shares(const AttentionDecodeProblem& problem) {
   constexpr int64_t kTileKeys = 16;
   struct Limits {
     double enough_blocks;
     int64_t least_tiles;  // of a share
   };
-  constexpr Limits kInOneCluster = {100, 8}, kBeyond = {80, 64};
+  constexpr Limits kInOneCluster = {100, 8}, kBeyond = {64, 64};
   const int64_t num_tiles = (problem.kv_len - first_key_of(problem) + kTileKeys - 1) / kTileKeys;
   const double num_heads = num_heads_at_once(problem);
   int64_t shares = 1;
@@ -100,20 +101,13 @@ int64_t num_shares(const AttentionDecodeProblem& problem) {
 struct MainVariant : Variant {
   std::array<std::atomic<int8_t>, 64> cluster_log2_plus_1{};
 
-  // A cluster takes all shares if the device can run such clusters. Of the largest ones, which need as many
-  // multiprocessors of one part of the GPU, all must run at the same time, or there must be several times as many.
-  int cluster_log2_on(const LoadedKernel& kernel, int device, int64_t shares, double num_heads) {
+  // A cluster takes all shares, or as many as the device can run in one.
+  int cluster_log2_on(const LoadedKernel& kernel, int device, int64_t shares) {
     std::atomic<int8_t>& known = cluster_log2_plus_1[static_cast<size_t>(device)];
     if (const int8_t value = known.load(std::memory_order_acquire); value != 0) return value - 1;
-    constexpr int kMostPortable = 8, kEnoughWaves = 4;
     int log2 = 0;
     while ((int64_t{2} << log2) <= std::min<int64_t>(shares, kMaxDecodeCluster)) ++log2;
-    for (; log2 > 0; --log2) {
-      const int active = max_active_clusters(kernel, device, 1 << log2);
-      const double num_clusters = num_heads * static_cast<double>(shares >> log2);
-      const bool is_portable = 1 << log2 <= kMostPortable;
-      if (active > 0 && (is_portable || num_clusters <= active || num_clusters >= kEnoughWaves * active)) break;
-    }
+    while (log2 > 0 && max_active_clusters(kernel, device, 1 << log2) == 0) --log2;
     known.store(static_cast<int8_t>(log2 + 1), std::memory_order_release);
     return log2;
   }
@@ -169,10 +163,8 @@ bool are_aligned_when_packed(const AttentionDecodeProblem& problem) {
   return fills_chunks(problem.head_dim_qk, problem.dtype) && fills_chunks(problem.head_dim_v, problem.dtype);
 }
 
-int cluster_log2_on(const AttentionDecodeProblem& problem, const Prepared& prepared, MainVariant& variant,
-                    const LoadedKernel& kernel, int device) {
-  if (prepared.shares == 1) return 0;
-  return variant.cluster_log2_on(kernel, device, prepared.shares, num_heads_at_once(problem));
+int cluster_log2_on(const Prepared& prepared, MainVariant& variant, const LoadedKernel& kernel, int device) {
+  return prepared.shares == 1 ? 0 : variant.cluster_log2_on(kernel, device, prepared.shares);
 }
 
 // `Params`: with the angles or without.
@@ -183,7 +175,7 @@ void launch_kernels(const AttentionDecodeProblem& problem, const SingleDecodeArg
   const int device = args.q.device.index;
   MainVariant& variant = prepared.variants[are_aligned_when_packed(problem) && are_aligned(args) ? 1 : 0];
   const LoadedKernel& kernel = variant.load_on(device);
-  params.cluster_log2 = cluster_log2_on(problem, prepared, variant, kernel, device);
+  params.cluster_log2 = cluster_log2_on(prepared, variant, kernel, device);
   params.num_pieces = make_divisor(static_cast<unsigned>(prepared.shares >> params.cluster_log2));
   launch(kernel,
          {.grid_x = prepared.num_heads * prepared.shares, .stream = args.stream, .cluster_x = 1 << params.cluster_log2},
@@ -253,7 +245,7 @@ std::shared_ptr<void> prepare_sm80_attention_decode(const AttentionDecodeProblem
 void load_sm80_attention_decode(const AttentionDecodeProblem& problem, void* prepared, int device) {
   auto& state = *static_cast<Prepared*>(prepared);
   MainVariant& variant = state.variants[are_aligned_when_packed(problem) ? 1 : 0];
-  const int cluster_log2 = cluster_log2_on(problem, state, variant, variant.load_on(device), device);
+  const int cluster_log2 = cluster_log2_on(state, variant, variant.load_on(device), device);
   if (state.shares >> cluster_log2 > 1) state.merge.load_on(device);
 }
 

@@ -23,7 +23,6 @@ struct Sm80AttentionDecodeTile {
   int num_warps;
   int keys;
   int num_slots;
-  int min_blocks;  // per multiprocessor, where its shared memory suffices for them
 
   HEED_HOST_DEVICE constexpr int num_threads() const { return num_warps * 32; }
 };
@@ -42,25 +41,22 @@ HEED_HOST_DEVICE constexpr int most_shared_bytes(int arch) {
 
 HEED_HOST_DEVICE constexpr Sm80AttentionDecodeTile sm80_attention_decode_tile(const Sm80AttentionDecodeSpec& spec,
                                                                               int arch) {
-  // Memory keeps up with its bandwidth when some 60 KiB per multiprocessor are on their way. Of rings of this size two
-  // thirds are, and two blocks fit a large multiprocessor: the blocks of a cluster of 16 then find room on any eight.
+  // Memory keeps up with its bandwidth when some 60 KiB per multiprocessor are on their way. Of rings of this size five
+  // sixths are, and two blocks fit a large multiprocessor. Four warps have fewer parts to merge than eight.
   constexpr int kRingBytes = 96 << 10, kSmallRingBytes = 60 << 10;
-  constexpr int kKeys = 16, kMostWarps = 8, kMostSlots = 6;
+  constexpr int kKeys = 16, kMostWarps = 4, kMostSlots = 6;
   const int ring_bytes = most_shared_bytes(arch) <= 99 << 10 ? kSmallRingBytes : kRingBytes;
   const int slot_bytes = sm80_attention_decode_slot_bytes(spec, kKeys);
-  const int dim = spec.head_dim_qk > spec.head_dim_v ? spec.head_dim_qk : spec.head_dim_v;
-  // Two blocks leave 128 registers to a thread: enough where the query and the output take 64.
-  const bool is_light = spec.element != Element::kFloat32 && dim <= 128 && spec.query_rows == 8 && !spec.has_rope;
-  Sm80AttentionDecodeTile tile{kMostWarps, kKeys, 2, is_light ? 2 : 1};
+  Sm80AttentionDecodeTile tile{kMostWarps, kKeys, 2};
   while (tile.num_warps > 1 && tile.num_warps * 2 * slot_bytes > ring_bytes) tile.num_warps /= 2;
   const int num_slots = ring_bytes / (tile.num_warps * slot_bytes);
   if (num_slots > tile.num_slots) tile.num_slots = num_slots < kMostSlots ? num_slots : kMostSlots;
   return tile;
 }
 
-// The largest cluster: beyond 8 the host asks for leave, and a cluster takes as many multiprocessors of one part of the
-// GPU.
-inline constexpr int kMaxDecodeCluster = 16;
+// The largest cluster: of larger ones, which not every GPU has, fewer fit, and more blocks have to meet
+// (docs/kernel-notes.md).
+inline constexpr int kMaxDecodeCluster = 8;
 
 // The query tile, then each warp's ring, which becomes its part of the output, then the warps' statistics, the angles,
 // and what the other blocks of the cluster send: their outputs of this block's share of the columns, and statistics.

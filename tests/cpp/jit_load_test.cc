@@ -233,11 +233,9 @@ TEST_F(Loading, ClustersThatFitAtOnce) {
   fake_driver() = FakeDriver();
   EXPECT_EQ(max_active_clusters(kernel, 0, 8), 16);
   EXPECT_EQ(fake_driver().device_calls, Calls{"function 0"});
-  EXPECT_EQ(max_active_clusters(kernel, 0, 16), 8);
-  EXPECT_EQ(fake_driver().device_calls, (Calls{"function 0", "attribute 14=1 0", "function 0"}));
   EXPECT_TRUE(fake_contexts().empty());
   fake_driver().failing_call = "cuOccupancyMaxActiveClusters";
-  EXPECT_EQ(max_active_clusters(kernel, 0, 16), 0);
+  EXPECT_EQ(max_active_clusters(kernel, 0, 8), 0);
   EXPECT_EQ(max_active_clusters(load(new_spec(), 2), 2, 8), 0);  // sm_80
 }
 

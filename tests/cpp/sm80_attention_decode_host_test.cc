@@ -82,15 +82,15 @@ constexpr int kHopper = 0, kAmpere = 2;  // of the made-up devices
 TEST_F(Sm80AttentionDecodeHostTest, OneLaunchOfClustersOnHopper) {
   const std::vector<FakeLaunch> launches = launches_of({.device = kHopper});
   ASSERT_EQ(launches.size(), 1U);
-  EXPECT_EQ(launches[0].grid[0], 8U * 16U);
-  EXPECT_EQ(launches[0].cluster, 16U);
+  EXPECT_EQ(launches[0].grid[0], 8U * 8U);
+  EXPECT_EQ(launches[0].cluster, 8U);
   EXPECT_FALSE(launches[0].overlaps_previous);
 }
 
 TEST_F(Sm80AttentionDecodeHostTest, PiecesAndASecondLaunchBefore) {
   const std::vector<FakeLaunch> launches = launches_of({.device = kAmpere});
   ASSERT_EQ(launches.size(), 2U);
-  EXPECT_EQ(launches[0].grid[0], 8U * 16U);
+  EXPECT_EQ(launches[0].grid[0], 8U * 8U);
   EXPECT_EQ(launches[0].cluster, 1U);
   EXPECT_EQ(launches[1].grid[0], 32U);  // a query head each
   EXPECT_FALSE(launches[1].overlaps_previous);
@@ -101,8 +101,8 @@ TEST_F(Sm80AttentionDecodeHostTest, PiecesOfClusters) {
   const std::vector<FakeLaunch> launches =
       launches_of({.device = kHopper, .kv_len = 1 << 20, .num_q_heads = 4, .num_kv_heads = 1});
   ASSERT_EQ(launches.size(), 2U);
-  EXPECT_EQ(launches[0].grid[0], 128U);
-  EXPECT_EQ(launches[0].cluster, 16U);
+  EXPECT_EQ(launches[0].grid[0], 64U);
+  EXPECT_EQ(launches[0].cluster, 8U);
   EXPECT_EQ(launches[1].grid[0], 4U);
   EXPECT_TRUE(launches[1].overlaps_previous);
 }
@@ -133,10 +133,10 @@ TEST_F(Sm80AttentionDecodeHostTest, BatchInvariance) {
   EXPECT_EQ(workspace_floats(together), 300 * workspace_floats(alone));
 }
 
-// Room for the largest number of pieces, wherever the call runs: 16 outputs of 128 columns, maxima and sums.
+// Room for the largest number of pieces, wherever the call runs: 8 outputs of 128 columns, maxima and sums.
 TEST_F(Sm80AttentionDecodeHostTest, Workspace) {
-  EXPECT_EQ(workspace_floats({.device = kHopper}), 32 * 16 * (128 + 2));
-  EXPECT_EQ(workspace_floats({.device = kAmpere}), 32 * 16 * (128 + 2));
+  EXPECT_EQ(workspace_floats({.device = kHopper}), 32 * 8 * (128 + 2));
+  EXPECT_EQ(workspace_floats({.device = kAmpere}), 32 * 8 * (128 + 2));
 }
 
 TEST_F(Sm80AttentionDecodeHostTest, LargeGroupsTakeSeveralBlocks) {

@@ -55,7 +55,7 @@ struct Sm80AttentionDecode {
   static constexpr Sm80AttentionDecodeTile kTile = sm80_attention_decode_tile(kSpec, kDeviceArch);
   static constexpr Sm80AttentionDecodeShared kShared = sm80_attention_decode_shared(kSpec, kDeviceArch);
   static constexpr int kNumThreads = kTile.num_threads();
-  static constexpr int kMinBlocksPerSm = kTile.min_blocks;
+  static constexpr int kMinBlocksPerSm = 2;
   static constexpr int kSharedBytes = kShared.bytes;
 
   static constexpr Element kElement = kSpec.element;

@@ -17,7 +17,6 @@ using CUfunction = struct CUfunc_st*;
 inline constexpr CUresult kCudaSuccess = 0;
 inline constexpr int kFuncAttributeNumRegs = 4;
 inline constexpr int kFuncAttributeMaxDynamicSharedSizeBytes = 8;
-inline constexpr int kFuncAttributeNonPortableClusterSizeAllowed = 14;
 inline constexpr int kDeviceAttributeComputeCapabilityMajor = 75;
 inline constexpr int kDeviceAttributeComputeCapabilityMinor = 76;
 inline constexpr int kStreamCaptureModeRelaxed = 2;

@@ -71,9 +71,8 @@ struct LaunchConfig {
 };
 HEED_API void launch(const LoadedKernel& kernel, const LaunchConfig& config, const void* params);
 
-// How many clusters of `cluster_x` blocks can run on the device at once; 0 where there are none of that size. Clusters
-// of more than 8 blocks, which not every GPU has, may be launched from then on. The kernel is loaded there. Throws
-// std::runtime_error.
+// How many clusters of `cluster_x` blocks can run on the device at once; 0 where there are none of that size. The
+// kernel is loaded there. Throws std::runtime_error.
 HEED_API int max_active_clusters(const LoadedKernel& kernel, int device, int cluster_x);
 
 // Devices. None of them throws where there is no driver: the count is then 0. The first call initialises CUDA.

@@ -273,16 +273,12 @@ const LoadedKernel& load(const KernelSpec& spec, int device) {
 }
 
 int max_active_clusters(const LoadedKernel& kernel, int device, int cluster_x) {
-  constexpr int kOldestCapability = 90, kMostPortable = 8;
+  constexpr int kOldestCapability = 90;
   if (compute_capability(device) < kOldestCapability) return 0;
   const DriverApi& api = required_driver();
   const RelaxedCaptureScope relaxed(api);
   const DeviceScope scope(device);
   auto* const entry = static_cast<CUkernel>(kernel.handle);
-  if (cluster_x > kMostPortable) {
-    check(api.kernel_set_attribute(kFuncAttributeNonPortableClusterSizeAllowed, 1, entry, device_handle(api, device)),
-          "cuKernelSetAttribute");
-  }
   CUfunction function = nullptr;
   check(api.kernel_get_function(&function, entry), "cuKernelGetFunction");
   const AttributedLaunch launch(kernel, {.grid_x = cluster_x, .cluster_x = cluster_x});

@@ -112,7 +112,7 @@ struct Cluster {
   };
   int size = 1, rank = 0;
   bool only_sends = false;
-  std::vector<Store> sent[16];  // to each block
+  std::vector<Store> sent[8];  // to each block
 };
 inline Cluster cluster;
 
