@@ -12,9 +12,6 @@
 namespace heed::cuda {
 namespace {
 
-// Of the result: with what is read, more than any GPU's L2 holds.
-constexpr int64_t kLargeBytes = int64_t{64} << 20;
-
 using Params = Sm80ActAndMulParams;
 
 Gate gate_of(Activation activation) {
@@ -35,9 +32,6 @@ Sm80ActAndMulSpec make_spec(const ActAndMulProblem& problem, bool is_aligned) {
   spec.gate = gate_of(problem.activation);
   spec.is_aligned = is_aligned;
   spec.is_backward = problem.is_backward;
-  spec.is_large = is_aligned && static_cast<double>(problem.num_rows) * static_cast<double>(problem.hidden) *
-                                        (problem.is_backward ? 2 : 1) * info(problem.dtype).size_bytes >
-                                    static_cast<double>(kLargeBytes);
   return spec;
 }
 
@@ -47,7 +41,6 @@ KernelSpec to_kernel_spec(const Sm80ActAndMulSpec& spec) {
                                   .word("gate", kGates[static_cast<int>(spec.gate)])
                                   .flag("is_aligned", spec.is_aligned)
                                   .flag("is_backward", spec.is_backward)
-                                  .flag("is_large", spec.is_large)
                                   .str()};
 }
 
@@ -153,21 +146,13 @@ void sm80_act_and_mul_bwd(const ActAndMulProblem& problem, const ActAndMulBackwa
 
 std::vector<KernelSpec> sm80_act_and_mul_common_specs() {
   std::vector<KernelSpec> specs;
-  const auto add = [&](Element element, Gate gate, bool is_backward, bool is_large = false) {
-    specs.push_back(
-        to_kernel_spec({.element = element, .gate = gate, .is_backward = is_backward, .is_large = is_large}));
-  };
-  for (const Element element : {Element::kBFloat16, Element::kFloat16}) {
-    for (const bool is_large : {false, true}) {
-      add(element, Gate::kSilu, false, is_large);
-      add(element, Gate::kSilu, true, is_large);
+  const auto add = [&](Element element, Gate gate) {
+    for (const bool is_backward : {false, true}) {
+      specs.push_back(to_kernel_spec({.element = element, .gate = gate, .is_backward = is_backward}));
     }
-  }
-  for (const Gate gate : {Gate::kGelu, Gate::kGeluTanh}) {
-    for (const bool is_backward : {false, true}) add(Element::kBFloat16, gate, is_backward);
-  }
-  add(Element::kFloat32, Gate::kSilu, false);
-  add(Element::kFloat32, Gate::kSilu, true);
+  };
+  for (const Element element : {Element::kBFloat16, Element::kFloat16, Element::kFloat32}) add(element, Gate::kSilu);
+  for (const Gate gate : {Gate::kGelu, Gate::kGeluTanh}) add(Element::kBFloat16, gate);
   return specs;
 }
 

@@ -14,7 +14,6 @@ struct Sm80ActAndMulSpec {
   Gate gate = Gate::kSilu;
   bool is_aligned = true;  // both halves of every row start at multiples of 16 bytes
   bool is_backward = false;
-  bool is_large = false;  // more than L2 holds: what is written leaves it first
 
   HEED_HOST_DEVICE friend constexpr bool operator==(const Sm80ActAndMulSpec&, const Sm80ActAndMulSpec&) = default;
 };
@@ -30,7 +29,7 @@ struct Sm80ActAndMulTile {
 HEED_HOST_DEVICE constexpr Sm80ActAndMulTile sm80_act_and_mul_tile(const Sm80ActAndMulSpec& spec) {
   // One chunk: a warp has 1 KiB of loads in flight, and 64 warps more than twice what a multiprocessor's share of the
   // memory's bandwidth times its latency is. Small calls get as many blocks as they can fill.
-  if (spec.is_aligned) return {256, 1, spec.is_backward ? 4 : 8};
+  if (spec.is_aligned) return {512, 1, spec.is_backward ? 2 : 4};
   return {256, 4, 2};
 }
 

@@ -48,11 +48,11 @@ HEED_HOST_DEVICE constexpr int sm80_rms_norm_min_blocks(const Sm80RmsNormSpec& s
 }
 
 // Rows that one block takes one after the other, so that it reads the weights once and one row arrives while another is
-// computed: up to 8, if enough blocks remain to fill a GPU several times.
+// computed: up to 3, if enough blocks remain to fill a GPU several times.
 HEED_HOST_DEVICE constexpr long long sm80_rms_norm_rows_per_block(const Sm80RmsNormSpec& spec, long long num_rows) {
   constexpr long long kManyBlocks = 2048;
   const long long steps = num_rows / (kManyBlocks * spec.rows_at_once());
-  return spec.rows_at_once() * (steps < 1 ? 1 : steps > 8 ? 8 : steps);
+  return spec.rows_at_once() * (steps < 1 ? 1 : steps > 3 ? 3 : steps);
 }
 
 // Backward, each block also sums the gradient of the weights over its rows. As many blocks as run at the same time on

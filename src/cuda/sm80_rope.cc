@@ -158,7 +158,7 @@ void sm80_rope(const RopeProblem& problem, const RopeArgs& args, void* prepared)
 
 std::vector<KernelSpec> sm80_rope_common_specs() {
   std::vector<KernelSpec> specs;
-  for (const int heads : {1, 4}) {
+  for (const int heads : {1, 2}) {
     for (const Element element : {Element::kBFloat16, Element::kFloat16}) {
       for (const bool has_pos_ids : {false, true}) {
         specs.push_back(to_kernel_spec({.element = element, .has_pos_ids = has_pos_ids, .heads = heads}));

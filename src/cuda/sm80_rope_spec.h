@@ -13,7 +13,7 @@ struct Sm80RopeSpec {
   bool interleaves = false;  // pairs (2i, 2i + 1)
   bool has_pos_ids = false;  // else sequences
   bool has_cache = false;    // cosines and sines are read, not computed
-  int heads = 4;             // of one token that a thread has in flight at once
+  int heads = 2;             // of one token that a thread has in flight at once
 
   HEED_HOST_DEVICE friend constexpr bool operator==(const Sm80RopeSpec&, const Sm80RopeSpec&) = default;
 };
@@ -21,12 +21,13 @@ struct Sm80RopeSpec {
 inline constexpr int kRopeThreads = 256;
 
 // Fills in how many heads of a token a thread has in flight at once, and returns how many it takes in all. A thread
-// that takes several uses its sines for all of them; a small call gets as many threads as there is work. 4 heads are
-// 128 bytes of loads for each thread.
+// that takes several uses its sines for all of them; a small call gets as many threads as there is work. 2 heads are
+// 64 bytes of loads for each thread.
 HEED_HOST_DEVICE constexpr int set_heads(Sm80RopeSpec& spec, long long num_tokens, int num_heads, int chunks_per_head) {
   const long long all = num_tokens * num_heads * chunks_per_head;
-  spec.heads = all < (1 << 18) ? 1 : 4;
-  return all < (1 << 18) ? 1 : all < (1 << 22) ? 4 : 8;
+  const bool is_small = all < (1 << 18);
+  spec.heads = is_small ? 1 : 2;
+  return is_small ? 1 : 4;
 }
 
 struct Sm80RopeParams {

@@ -29,12 +29,8 @@ __device__ __forceinline__ uint4 load_shared_by_all_16(const void* from) {
                : "l"(from));
   return value;
 }
-__device__ __forceinline__ void store_16(void* to, uint4 value) {
-  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(value.x), "r"(value.y), "r"(value.z),
-               "r"(value.w)
-               : "memory");
-}
-// Results that fill more than L2: they leave it first.
+// Results that the kernel does not read again. They leave L2 first: memory gets them in the order in which they are
+// written, which is faster than when L2 runs out of room (docs/kernel-notes.md).
 __device__ __forceinline__ void store_streaming_16(void* to, uint4 value) {
   asm volatile("st.global.cs.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(value.x), "r"(value.y), "r"(value.z),
                "r"(value.w)

@@ -79,17 +79,10 @@ struct RowChunk {
     }
     return chunk;
   }
-  // kIsLast: nothing reads it soon.
-  template <bool kIsLast = false>
   __device__ __forceinline__ void store(void* data, long long offset) const {
     char* to = at(data, offset);
     if constexpr (kIsVector) {
-      const uint4 value{words[0], words[1], words[2], words[3]};
-      if constexpr (kIsLast) {
-        ptx::store_streaming_16(to, value);
-      } else {
-        ptx::store_16(to, value);
-      }
+      ptx::store_streaming_16(to, {words[0], words[1], words[2], words[3]});
     } else if constexpr (kBytes == 4) {
       *reinterpret_cast<uint32*>(to) = words[0];
     } else {

@@ -82,12 +82,12 @@ struct Sm80ActAndMul {
         gate[i] = dout[i] * factor[i] * function.slope;
         factor[i] = dout[i] * function.value;
       }
-      Chunk::of_floats(factor).template store<kSpec.is_large>(params.result, item.result_factor);
+      Chunk::of_floats(factor).store(params.result, item.result_factor);
     } else {
 #pragma unroll
       for (int i = 0; i < kWidth; ++i) gate[i] = Function::value(gate[i]) * factor[i];
     }
-    Chunk::of_floats(gate).template store<kSpec.is_large>(params.result, item.result);
+    Chunk::of_floats(gate).store(params.result, item.result);
   }
 
   static __device__ __forceinline__ void run(const Params& params) {

@@ -5,7 +5,7 @@
 // Every element is read once and written once; memory is the only limit, as long as enough of it is asked for at once
 // and sines cost little. The threads of a block number pairs of chunks: the two of a pair lie rotary_dim / 2 apart, so
 // that each holds 8 pairs of elements of 16 bits, whether pairs are neighbours or not. A thread keeps its two chunks'
-// place in the head and takes several heads of one token: it issues the loads of 4 heads, looks up the token's position
+// place in the head and takes several heads of one token: it issues the loads of 2 heads, looks up the token's position
 // while they are under way, computes its 8 sines and cosines once, and uses them for all heads. Tokens, not sequences,
 // are divided among blocks: one long sequence fills the GPU as many short ones do. A token finds its sequence by
 // bisection.

@@ -16,11 +16,10 @@ inline uint4 load_once_16(const void* from) {
 }
 inline uint4 load_own_16(const void* from) { return load_once_16(from); }
 inline uint4 load_shared_by_all_16(const void* from) { return load_once_16(from); }
-inline void store_16(void* to, uint4 value) {
+inline void store_streaming_16(void* to, uint4 value) {
   check_aligned_16(to);
   std::memcpy(to, &value, 16);
 }
-inline void store_streaming_16(void* to, uint4 value) { store_16(to, value); }
 
 inline float reciprocal_approx(float x) { return x >= 0x1p126f ? 0.0f : 1.0f / x; }
 inline float exp2_approx_subnormal(float x) { return std::exp2(x); }
