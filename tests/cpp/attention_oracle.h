@@ -9,8 +9,10 @@
 #include <cstring>
 #include <functional>
 #include <limits>
+#include <map>
 #include <random>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "core/dtype.h"
@@ -140,7 +142,8 @@ struct Tensor {
         std::sort(made->begin(), made->end());
         return made;
       }();
-      const auto found = std::lower_bound(table->begin(), table->end(), std::make_pair(rounded, uint16_t{0}));
+      const auto found = std::lower_bound(table->begin(), table->end(), rounded,
+                                          [](const auto& entry, double value) { return entry.first < value; });
       static_cast<uint16_t*>(view.data)[at] = std::isnan(rounded) ? 0x7E00 : found->second;
     }
   }
@@ -257,17 +260,39 @@ Expected attention(const Case& c, const Inputs& in) {
     const Real shift = top == -std::numeric_limits<Real>::infinity() ? 0 : top;
     Real total = c.has_sinks ? std::exp(static_cast<Real>(in.sinks.get(h)) - shift) : 0;
     for (int64_t j : keys) total += weights[j] = std::exp(weights[j] - shift);
+    for (int64_t j : keys) weights[j] = store(weights[j] / (total == 0 ? 1 : total));
     for (int64_t x = 0; x < c.head_dim_v; ++x) {
       Real sum = 0;
       for (int64_t j : keys) {
-        sum += store(weights[j] / (total == 0 ? 1 : total)) *
-               v[((b * c.kv_len + j) * c.num_kv_heads + h / group) * c.head_dim_v + x];
+        sum += weights[j] * v[((b * c.kv_len + j) * c.num_kv_heads + h / group) * c.head_dim_v + x];
       }
       result.out[row * c.head_dim_v + x] = store(sum);
     }
     result.lse[(b * c.num_q_heads + h) * c.q_len + i] = total == 0 ? -kInfinity : shift + std::log(total);
   }
   return result;
+}
+
+// What make() gives for the next case of the running test. A test that runs for every instruction set has the same
+// cases in the same order for each, so the first one makes what the others find: the oracles take far longer than the
+// kernels.
+template <class Make>
+const auto& once_for_all_targets(const std::string& name, const Make& make) {
+  struct Made {
+    std::string name;
+    decltype(make()) value;
+  };
+  static std::map<std::pair<std::string, int>, Made> all;
+  static const testing::TestInfo* running = nullptr;
+  static int number = 0;
+  const testing::TestInfo* const test = testing::UnitTest::GetInstance()->current_test_info();
+  if (test != running) running = test, number = 0;
+  const std::string full = test->name();
+  const std::pair key(test->test_suite_name() + full.substr(0, full.find('/')), number++);
+  auto at = all.find(key);
+  if (at == all.end()) at = all.try_emplace(key, Made{name, make()}).first;
+  EXPECT_EQ(at->second.name, name) << "the cases differ among targets";
+  return at->second.value;
 }
 
 // The one tolerance rule: identical inf and NaN positions; over everything max|x - oracle| <= 2 max|naive - oracle| +

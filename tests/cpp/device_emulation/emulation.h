@@ -4,8 +4,6 @@
 // cuda/device/ptx.cuh beside this file.
 #pragma once
 
-#include <ucontext.h>
-
 #include <algorithm>
 #include <array>
 #include <cmath>
@@ -18,6 +16,8 @@
 #include <random>
 #include <utility>
 #include <vector>
+
+#include "fibers.h"
 
 #define __device__
 #define __host__
@@ -77,7 +77,7 @@ struct AsyncCopy {
 };
 
 struct Thread {
-  ucontext_t context;
+  Fiber fiber;
   std::unique_ptr<char[]> stack;
   bool is_done;
   unsigned num_collectives;
@@ -88,7 +88,7 @@ struct Thread {
 
 struct Block {
   std::function<void()> body;
-  ucontext_t scheduler;
+  Fiber scheduler;
   int num_threads = 0;
   Thread threads[kMaxThreads];
   int current = 0;
@@ -118,7 +118,7 @@ inline Cluster cluster;
 
 inline int current_lane() { return block.current % kWarpSize; }
 
-inline void give_way() { swapcontext(&block.threads[block.current].context, &block.scheduler); }
+inline void give_way() { switch_fiber(block.threads[block.current].fiber, block.scheduler); }
 
 // Every lane leaves its values and gets those of all.
 inline const LaneValues* exchange(Collective kind, const LaneValues& values) {
@@ -147,10 +147,11 @@ inline bool wait_for_block(bool value) {
   return block.any_at_barrier[round % 2];
 }
 
-inline void run_thread() {
+[[noreturn]] inline void run_thread() {
   block.body();
   block.threads[block.current].is_done = true;
   give_way();
+  fail("a thread that is done runs on");
 }
 
 inline void start_thread(Thread& thread) {
@@ -160,11 +161,7 @@ inline void start_thread(Thread& thread) {
   thread.copies.clear();
   thread.num_copy_groups = 0;
   thread.num_cluster_waits = 0;
-  getcontext(&thread.context);
-  thread.context.uc_stack.ss_sp = thread.stack.get();
-  thread.context.uc_stack.ss_size = kStackBytes;
-  thread.context.uc_link = &block.scheduler;
-  makecontext(&thread.context, run_thread, 0);
+  start_fiber(thread.fiber, thread.stack.get(), kStackBytes, run_thread);
 }
 
 // A warp runs alone for some rounds, its lanes in either order from any of them on.
@@ -178,7 +175,7 @@ inline void run_some_warp() {
     if (block.threads[thread].is_done) continue;
     block.current = thread;
     threadIdx.x = static_cast<unsigned>(thread);
-    swapcontext(&block.scheduler, &block.threads[thread].context);
+    switch_fiber(block.scheduler, block.threads[thread].fiber);
   }
 }
 
