@@ -8,7 +8,9 @@
 #
 # Where there is NVRTC, the GPU kernels of the ahead-of-time list are compiled (no GPU is needed) and shipped inside.
 #
-#   HEED_WHEEL_ARCHS  the architectures to compile them for; default: "sm_80 sm_89 sm_90a sm_100"; empty: none
+#   HEED_WHEEL_ARCHS    the architectures to compile them for; default: "sm_80 sm_89 sm_90a sm_100"; empty: none
+#   HEED_WHEEL_KERNELS  a folder that a fresh `make compile` of this tree filled: all of it is shipped, and only what it
+#                       lacks is compiled
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${1:-python3}
@@ -40,6 +42,7 @@ if ((${#archs[@]} > 0)); then
 import sys
 from heed._lib import function
 sys.exit(not function("jit_info")()["nvrtc_path"])'; then
+    if [[ -n ${HEED_WHEEL_KERNELS:-} ]]; then cp -R "$HEED_WHEEL_KERNELS" "$kernels"; fi
     PYTHONPATH=$unpacked "$python" -m heed compile --output "$kernels" "${archs[@]/#/--arch=}"
     build
   elif [[ -n ${HEED_WHEEL_ARCHS:-} ]]; then

@@ -4,7 +4,7 @@
 #   scripts/test.sh PYTHON
 #
 #   PYTEST_ARGS        further arguments for pytest (options, paths)
-#   HEED_TEST_WORKERS  pytest processes; default: one per core, at most 8
+#   HEED_TEST_WORKERS  pytest processes, and C++ tests at a time; default: one per core, at most 8
 #   HEED_SKIP_CTEST    set to run pytest only
 set -uo pipefail
 python=$(realpath -s "$1")
@@ -23,7 +23,7 @@ if [[ -z ${HEED_SKIP_CTEST:-} ]]; then
   # The C++ tests know nothing of Python's packages: the compiler may be the one of the nvidia-cuda-nvrtc wheel.
   HEED_NVRTC=${HEED_NVRTC:-$("$python" -c 'from heed import _lib; print(_lib.function("jit_info")()["nvrtc_path"])')}
   export HEED_NVRTC
-  ctest --test-dir build/release --output-on-failure 2>&1 | tee build/ctest.log || status=1
+  ctest --test-dir build/release --output-on-failure --parallel "$workers" 2>&1 | tee build/ctest.log || status=1
   closing+=("ctest:  $(grep -E 'tests passed|No tests were found' build/ctest.log | tail -n 1)")
 fi
 
