@@ -8,6 +8,8 @@
 #include <mutex>
 #include <utility>
 
+#include "device_emulation/tensor_map.h"
+
 namespace heed::test {
 namespace {
 
@@ -40,6 +42,11 @@ int note(const char* name, const Effect& effect) {
 
 int note(const char* name) {
   return note(name, [](FakeDriver&) {});
+}
+
+std::vector<char> copy_of(const FakeDriver& driver, void** params) {
+  const char* bytes = static_cast<const char*>(params[0]);
+  return {bytes, bytes + driver.num_copied_bytes};
 }
 
 int note_on_device(const char* name, const std::string& what, int device) {
@@ -99,9 +106,12 @@ int cuDeviceGetName(char* name, int bytes, int device) {
   return note("cuDeviceGetName");
 }
 int cuDeviceGetAttribute(int* value, int attribute, int device) {
-  constexpr int kMajor = 75, kMinor = 76;
+  constexpr int kMultiprocessors = 16, kMajor = 75, kMinor = 76;
   const int capability = kFakeCapabilities[device];
-  *value = attribute == kMajor ? capability / 10 : attribute == kMinor ? capability % 10 : -1;
+  *value = attribute == kMajor             ? capability / 10
+           : attribute == kMinor           ? capability % 10
+           : attribute == kMultiprocessors ? static_cast<int>(kFakeMultiprocessors)
+                                           : -1;
   return note("cuDeviceGetAttribute");
 }
 int cuDevicePrimaryCtxRetain(void** context, int device) {
@@ -165,8 +175,18 @@ int cuLaunchKernel(void* function, unsigned grid_x, unsigned grid_y, unsigned gr
                                .grid = {grid_x, grid_y, grid_z},
                                .block = block_x,
                                .shared_bytes = shared_bytes,
-                               .params = params[0]});
+                               .params = params[0],
+                               .copy_of_params = copy_of(driver, params)});
   });
+}
+int cuTensorMapEncodeTiled(void* map, int type, uint32_t rank, void* address, const uint64_t* sizes,
+                           const uint64_t* strides, const uint32_t* box, const uint32_t* element_strides,
+                           int interleave, int swizzle, int l2_promotion, int fill) {
+  const auto flag = [](int value) { return static_cast<unsigned>(value); };
+  const int result =
+      heed::device_emulation::encode_tensor_map(map, flag(type), rank, address, sizes, strides, box, element_strides,
+                                                flag(interleave), flag(swizzle), flag(l2_promotion), flag(fill));
+  return result != kSuccess ? result : note("cuTensorMapEncodeTiled");
 }
 
 // As cuda.h lays them out.
@@ -191,7 +211,8 @@ int cuLaunchKernelEx(const FakeLaunchConfig* config, void* function, void** para
                       .grid = {config->grid[0], config->grid[1], config->grid[2]},
                       .block = config->block[0],
                       .shared_bytes = config->shared_bytes,
-                      .params = params[0]};
+                      .params = params[0],
+                      .copy_of_params = copy_of(driver, params)};
     for (unsigned i = 0; i < config->num_attributes; ++i) {
       const FakeLaunchAttribute& attribute = config->attributes[i];
       if (attribute.id == kClusterDimension) launch.cluster = attribute.value[0];

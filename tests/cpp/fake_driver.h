@@ -2,6 +2,7 @@
 // dlopen("libcuda.so.1"). What a GPU does is tested on a GPU.
 #pragma once
 
+#include <cstddef>
 #include <string>
 #include <vector>
 
@@ -9,7 +10,7 @@ namespace heed::test {
 
 inline constexpr int kNumFakeDevices = 3;
 inline constexpr int kFakeCapabilities[kNumFakeDevices] = {90, 90, 80};
-inline constexpr unsigned kFakeMultiprocessors = 128;
+inline constexpr unsigned kFakeMultiprocessors = 128;  // of each
 
 struct FakeLaunch {
   void* function = nullptr;
@@ -20,7 +21,8 @@ struct FakeLaunch {
   unsigned shared_bytes = 0;
   unsigned cluster = 1;
   bool overlaps_previous = false;
-  void* params = nullptr;  // the pointer that was given
+  void* params = nullptr;              // the pointer that was given
+  std::vector<char> copy_of_params{};  // the first FakeDriver::num_copied_bytes of what it points to
 };
 
 // What happened since the test last assigned a new one. May be written by several threads, and read when they are done.
@@ -31,7 +33,8 @@ struct FakeDriver {
   std::vector<int> capture_modes;  // of the thread, when a library was loaded
   int num_libraries = 0;
   int num_unloaded = 0;
-  std::string failing_call;  // the function that fails next, once
+  std::string failing_call;     // the function that fails next, once
+  size_t num_copied_bytes = 0;  // of the parameters of each launch
 };
 
 // The one of this process.

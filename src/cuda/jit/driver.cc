@@ -63,6 +63,7 @@ std::unique_ptr<Driver> open_driver() {
   get(api.kernel_set_attribute, "cuKernelSetAttribute");
   get(api.launch_kernel, "cuLaunchKernel");
   get(api.launch_kernel_ex, "cuLaunchKernelEx");
+  get(api.tensor_map_encode_tiled, "cuTensorMapEncodeTiled");
   get(api.occupancy_max_active_clusters, "cuOccupancyMaxActiveClusters");
   get(api.func_load, "cuFuncLoad", false);
   if (!missing.empty()) {

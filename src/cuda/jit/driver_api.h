@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstddef>
+#include <cstdint>
 
 namespace heed::cuda {
 
@@ -17,11 +18,18 @@ using CUfunction = struct CUfunc_st*;
 inline constexpr CUresult kCudaSuccess = 0;
 inline constexpr int kFuncAttributeNumRegs = 4;
 inline constexpr int kFuncAttributeMaxDynamicSharedSizeBytes = 8;
+inline constexpr int kDeviceAttributeMultiprocessorCount = 16;
 inline constexpr int kDeviceAttributeComputeCapabilityMajor = 75;
 inline constexpr int kDeviceAttributeComputeCapabilityMinor = 76;
 inline constexpr int kStreamCaptureModeRelaxed = 2;
 inline constexpr int kLaunchAttributeClusterDimension = 4;
 inline constexpr int kLaunchAttributeProgrammaticStreamSerialization = 6;
+inline constexpr int kTensorMapFloat16 = 6;
+inline constexpr int kTensorMapBFloat16 = 9;
+inline constexpr int kTensorMapInterleaveNone = 0;
+inline constexpr int kTensorMapSwizzle128Bytes = 3;
+inline constexpr int kTensorMapPromoteToL2128Bytes = 2;
+inline constexpr int kTensorMapFillWithZeros = 0;
 
 struct CUlaunchAttribute {
   int id;
@@ -67,6 +75,9 @@ struct DriverApi {
                             unsigned block_y, unsigned block_z, unsigned shared_bytes, CUstream stream, void** params,
                             void** extra);
   CUresult (*launch_kernel_ex)(const CUlaunchConfig* config, CUfunction function, void** params, void** extra);
+  CUresult (*tensor_map_encode_tiled)(void* map, int element, uint32_t rank, void* memory, const uint64_t* sizes,
+                                      const uint64_t* strides_bytes, const uint32_t* box, const uint32_t* box_steps,
+                                      int interleave, int swizzle, int l2_promotion, int fill);
   CUresult (*occupancy_max_active_clusters)(int* count, CUfunction function, const CUlaunchConfig* config);
   CUresult (*func_load)(CUfunction function);  // CUDA 12.4; null before
 };

@@ -81,7 +81,8 @@ HEED_API bool is_driver_installed();   // whether it can be used or not
 HEED_API std::string why_no_driver();  // empty where there is one that can
 HEED_API int driver_version();         // the newest CUDA that it serves, such as 13000; 0 without a driver
 HEED_API std::string device_name(int device);
-HEED_API int compute_capability(int device);  // times ten, such as 90; 0 for a device that is not there
+HEED_API int compute_capability(int device);    // times ten, such as 90; 0 for a device that is not there
+HEED_API int multiprocessor_count(int device);  // 0 for a device that is not there
 
 // Makes a device's primary context current for a scope. Does nothing where it is current already.
 class HEED_API DeviceScope {

@@ -27,6 +27,7 @@ const DriverApi& required_driver() {
 // Facts that never change, asked once. Primary contexts are kept for the life of the process, as CUDA's runtime does.
 struct DeviceFacts {
   std::atomic<int> capability{0};
+  std::atomic<int> multiprocessors{0};
   std::atomic<CUcontext> context{nullptr};
 };
 std::array<DeviceFacts, kMostDevices> the_devices;
@@ -240,6 +241,21 @@ int compute_capability(int device) {
   capability = major * 10 + minor;
   slot.store(capability, std::memory_order_relaxed);
   return capability;
+}
+
+int multiprocessor_count(int device) {
+  if (device < 0 || device >= kMostDevices) return 0;
+  std::atomic<int>& slot = the_devices[static_cast<size_t>(device)].multiprocessors;
+  int count = slot.load(std::memory_order_relaxed);
+  if (count != 0) return count;
+  const DriverApi* api = driver();
+  CUdevice handle = 0;
+  if (api == nullptr || api->device_get(&handle, device) != kCudaSuccess ||
+      api->device_get_attribute(&count, kDeviceAttributeMultiprocessorCount, handle) != kCudaSuccess) {
+    return 0;
+  }
+  slot.store(count, std::memory_order_relaxed);
+  return count;
 }
 
 DeviceScope::DeviceScope(int device) {

@@ -41,6 +41,7 @@ struct ThreadIndex {
 };
 inline ThreadIndex threadIdx;
 inline ThreadIndex blockIdx;
+inline ThreadIndex gridDim;
 
 namespace heed::device_emulation {
 
@@ -49,7 +50,6 @@ inline constexpr int kMaxWarps = 16;
 inline constexpr int kMaxThreads = kMaxWarps * kWarpSize;
 inline constexpr size_t kStackBytes = size_t{1} << 18;
 inline constexpr size_t kMaxSharedBytes = 227 << 10;  // of a block, on the GPUs that have most
-inline constexpr int kMaxTurns = 1 << 22;             // more than any case takes: the block hangs
 
 alignas(1024) inline char shared_memory[kMaxSharedBytes];
 
@@ -59,7 +59,7 @@ alignas(1024) inline char shared_memory[kMaxSharedBytes];
 }
 
 // What the lanes of a warp do together.
-enum class Collective : char { kSyncWarp, kShuffle, kBallot, kLoadMatrix, kLoadedMatrix, kMultiply };
+enum class Collective : char { kSyncWarp, kShuffle, kBallot, kLoadMatrix, kLoadedMatrix, kStoreMatrix, kMultiply };
 using LaneValues = std::array<uint32_t, 6>;
 
 struct Exchange {
@@ -80,6 +80,10 @@ struct Thread {
   Fiber fiber;
   std::unique_ptr<char[]> stack;
   bool is_done;
+  bool (*is_ready)(const void* condition);  // null: it can go on
+  const void* condition;
+  const char* waits_for;
+  uint32_t waits_at;  // an address of shared memory or the like
   unsigned num_collectives;
   std::vector<AsyncCopy> copies;  // in flight
   unsigned num_copy_groups;       // committed
@@ -92,15 +96,33 @@ struct Block {
   int num_threads = 0;
   Thread threads[kMaxThreads];
   int current = 0;
+  bool is_turn_over = false;         // the warp stops here
   Exchange exchanges[kMaxWarps][2];  // used in turn: nobody is two rounds ahead of a lane that still reads
   int num_at_barrier = 0;
   unsigned num_barriers = 0;
   bool any_at_barrier[2];
   size_t shared_bytes = 0;
   bool copies_late = false;  // asynchronous copies arrive when they are waited for, else at once
+  bool copies_vary = false;  // Hopper's: some early, some late
   std::mt19937 random{1};
 };
 inline Block block;
+
+// What goes on beside the threads, where a GPU has such things (hopper.h).
+struct AsyncEngine {
+  virtual void start_block() = 0;
+  virtual void turn() = 0;        // now and then
+  virtual bool advance() = 0;     // no thread can go on; returns false if nothing is left to do
+  virtual void end_thread() = 0;  // of the current one
+  virtual void note_write(uint32_t to, uint32_t num_bytes) = 0;   // a thread's, to shared memory
+  virtual void note_read(uint32_t from, uint32_t num_bytes) = 0;  // into registers that nobody has used yet
+  virtual void end_reads() = 0;                                   // the warp's registers are used
+  virtual void end_block() = 0;
+
+ protected:
+  ~AsyncEngine() = default;
+};
+inline AsyncEngine* async_engine = nullptr;
 
 // A cluster of blocks, which run one after the other, twice: the first time up to the barrier after which they read
 // what others have sent, only to learn what is sent; the second time they find it there.
@@ -118,7 +140,31 @@ inline Cluster cluster;
 
 inline int current_lane() { return block.current % kWarpSize; }
 
-inline void give_way() { switch_fiber(block.threads[block.current].fiber, block.scheduler); }
+inline Thread& current_thread() { return block.threads[block.current]; }
+inline void give_way() { switch_fiber(current_thread().fiber, block.scheduler); }
+// To other warps too.
+inline void end_turn() {
+  block.is_turn_over = true;
+  give_way();
+}
+
+// `ready()` is asked outside of the thread too.
+template <class Ready>
+void wait_until(const char* waits_for, uint32_t waits_at, const Ready& ready) {
+  if (ready()) return;
+  Thread& thread = current_thread();
+  thread.condition = &ready;
+  thread.is_ready = [](const void* condition) { return (*static_cast<const Ready*>(condition))(); };
+  thread.waits_for = waits_for;
+  thread.waits_at = waits_at;
+  do {
+    give_way();
+  } while (!ready());
+  thread.is_ready = nullptr;
+}
+inline bool can_run(const Thread& thread) {
+  return !thread.is_done && (thread.is_ready == nullptr || thread.is_ready(thread.condition));
+}
 
 // Every lane leaves its values and gets those of all.
 inline const LaneValues* exchange(Collective kind, const LaneValues& values) {
@@ -128,7 +174,7 @@ inline const LaneValues* exchange(Collective kind, const LaneValues& values) {
   shared.kinds[lane] = kind;
   shared.values[lane] = values;
   ++shared.num_arrived;
-  while (shared.num_arrived < kWarpSize * (round / 2 + 1)) give_way();
+  wait_until("the other lanes", round, [&] { return shared.num_arrived >= kWarpSize * (round / 2 + 1); });
   for (const Collective other : shared.kinds) {
     if (other != kind) fail("the lanes of a warp meet at different instructions");
   }
@@ -143,13 +189,14 @@ inline bool wait_for_block(bool value) {
     block.any_at_barrier[(round + 1) % 2] = false;
     ++block.num_barriers;
   }
-  while (block.num_barriers == round) give_way();
+  wait_until("the whole block", round, [&] { return block.num_barriers != round; });
   return block.any_at_barrier[round % 2];
 }
 
 [[noreturn]] inline void run_thread() {
   block.body();
-  block.threads[block.current].is_done = true;
+  if (async_engine != nullptr) async_engine->end_thread();
+  current_thread().is_done = true;
   give_way();
   fail("a thread that is done runs on");
 }
@@ -157,6 +204,7 @@ inline bool wait_for_block(bool value) {
 inline void start_thread(Thread& thread) {
   if (thread.stack == nullptr) thread.stack.reset(new char[kStackBytes]);
   thread.is_done = false;
+  thread.is_ready = nullptr;
   thread.num_collectives = 0;
   thread.copies.clear();
   thread.num_copy_groups = 0;
@@ -164,19 +212,43 @@ inline void start_thread(Thread& thread) {
   start_fiber(thread.fiber, thread.stack.get(), kStackBytes, run_thread);
 }
 
-// A warp runs alone for some rounds, its lanes in either order from any of them on.
-inline void run_some_warp() {
+// A warp runs alone for a few rounds or many, its lanes in either order from any of them on, until all of them wait.
+// Returns whether any ran.
+inline bool run_some_warp() {
   const int warp = static_cast<int>(block.random() % static_cast<unsigned>(block.num_threads / kWarpSize));
-  const int num_rounds = 1 + static_cast<int>(block.random() % 64);
+  const int num_rounds = 1 << block.random() % 7;
   const int first = static_cast<int>(block.random() % kWarpSize);
   const int step = block.random() % 2 == 0 ? 1 : kWarpSize - 1;
-  for (int turn = 0; turn < num_rounds * kWarpSize; ++turn) {
-    const int thread = warp * kWarpSize + (first + turn * step) % kWarpSize;
-    if (block.threads[thread].is_done) continue;
-    block.current = thread;
-    threadIdx.x = static_cast<unsigned>(thread);
-    switch_fiber(block.scheduler, block.threads[thread].fiber);
+  bool has_run = false;
+  for (int round = 0; round < num_rounds; ++round) {
+    bool runs = false;
+    for (int turn = 0; turn < kWarpSize; ++turn) {
+      const int thread = warp * kWarpSize + (first + turn * step) % kWarpSize;
+      if (!can_run(block.threads[thread])) continue;
+      runs = true;
+      block.current = thread;
+      threadIdx.x = static_cast<unsigned>(thread);
+      switch_fiber(block.scheduler, block.threads[thread].fiber);
+      if (!std::exchange(block.is_turn_over, false)) continue;
+      return true;
+    }
+    if (!runs) break;
+    has_run = true;
   }
+  return has_run;
+}
+
+[[noreturn]] inline void fail_hanging() {
+  for (int index = 0; index < block.num_threads; ++index) {
+    const Thread& thread = block.threads[index];
+    const bool is_first = index % kWarpSize == 0 || block.threads[index - 1].is_done ||
+                          block.threads[index - 1].waits_for != thread.waits_for ||
+                          block.threads[index - 1].waits_at != thread.waits_at;
+    if (thread.is_done || !is_first) continue;
+    std::fprintf(stderr, "from thread %d (lane %d of warp %d) on: waits for %s (%u)\n", index, index % kWarpSize,
+                 index / kWarpSize, thread.waits_for, thread.waits_at);
+  }
+  fail("threads wait for one another for ever");
 }
 
 inline void run_block(unsigned index, int num_threads, size_t shared_bytes, std::function<void()> body) {
@@ -193,12 +265,14 @@ inline void run_block(unsigned index, int num_threads, size_t shared_bytes, std:
   blockIdx.x = index;
   Thread* const end = block.threads + num_threads;
   for (Thread* thread = block.threads; thread != end; ++thread) start_thread(*thread);
+  if (async_engine != nullptr) async_engine->start_block();
   const auto is_done = [](const Thread& thread) { return thread.is_done; };
-  int num_turns = 0;
   while (!std::all_of(block.threads, end, is_done)) {
-    run_some_warp();
-    if (++num_turns > kMaxTurns) fail("threads wait for one another for ever");
+    if (async_engine != nullptr) async_engine->turn();
+    if (run_some_warp() || std::any_of(block.threads, end, can_run)) continue;
+    if (async_engine == nullptr || !async_engine->advance()) fail_hanging();
   }
+  if (async_engine != nullptr) async_engine->end_block();
 }
 
 // Blocks [size * index, size * index + size), a cluster. `body` waits for the start of the others first, then, after
@@ -283,6 +357,11 @@ inline int atomicMin(int* at, int value) {
 inline int atomicMax(int* at, int value) {
   const int old = *at;
   *at = std::max(old, value);
+  return old;
+}
+inline unsigned atomicAdd(unsigned* at, unsigned value) {
+  const unsigned old = *at;
+  *at += value;
   return old;
 }
 inline int atomicAdd(int* at, int value) {

@@ -42,14 +42,14 @@ inline void finish_copy(const emulation::AsyncCopy& copy) {
     emulation::fail("cp.async reads an address that is not aligned");
   std::memcpy(to, copy.from, static_cast<size_t>(copy.num_bytes));
 }
+using emulation::current_thread;
 inline void start_copy(const emulation::AsyncCopy& copy) {
   if (emulation::block.copies_late) {
-    emulation::block.threads[emulation::block.current].copies.push_back(copy);
+    current_thread().copies.push_back(copy);
   } else {
     finish_copy(copy);
   }
 }
-inline emulation::Thread& current_thread() { return emulation::block.threads[emulation::block.current]; }
 inline void cp_async_16(uint32 to, const void* from, int num_bytes) {
   start_copy({to, from, num_bytes, 16, current_thread().num_copy_groups});
 }
@@ -73,12 +73,16 @@ inline void cp_async_wait() {
   std::erase_if(thread.copies, [&](const emulation::AsyncCopy& copy) { return !is_pending(copy); });
 }
 
-inline void store_shared_16(uint32 to, uint4 value) { std::memcpy(shared_pointer(to, 16), &value, 16); }
+inline void store_shared(uint32 to, const void* from, uint32 num_bytes) {
+  std::memcpy(shared_pointer(to, num_bytes), from, num_bytes);
+  if (emulation::async_engine != nullptr) emulation::async_engine->note_write(to, num_bytes);
+}
+inline void store_shared_16(uint32 to, uint4 value) { store_shared(to, &value, 16); }
 inline void store_shared_8(uint32 to, uint32 a, uint32 b) {
   const uint32 both[2] = {a, b};
-  std::memcpy(shared_pointer(to, 8), both, 8);
+  store_shared(to, both, 8);
 }
-inline void store_shared_4(uint32 to, uint32 value) { std::memcpy(shared_pointer(to, 4), &value, 4); }
+inline void store_shared_4(uint32 to, uint32 value) { store_shared(to, &value, 4); }
 inline uint4 load_shared_16(uint32 from) {
   uint4 value;
   std::memcpy(&value, shared_pointer(from, 16), 16);
@@ -98,6 +102,7 @@ inline void ldmatrix_x4(uint32 (&to)[4], uint32 from) {
     const char* row = shared_pointer(rows[8 * matrix + lane / 4][0], 16);
     std::memcpy(&to[matrix], row + lane % 4 * 4, 4);
   }
+  if (emulation::async_engine != nullptr) emulation::async_engine->note_read(from, 16);
   emulation::exchange(emulation::Collective::kLoadedMatrix, {});
 }
 inline void ldmatrix_x4_trans(uint32 (&to)[4], uint32 from) {
@@ -111,6 +116,7 @@ inline void ldmatrix_x4_trans(uint32 (&to)[4], uint32 from) {
     }
     std::memcpy(&to[matrix], pair, 4);
   }
+  if (emulation::async_engine != nullptr) emulation::async_engine->note_read(from, 16);
   emulation::exchange(emulation::Collective::kLoadedMatrix, {});
 }
 
@@ -175,6 +181,7 @@ inline float round_toward_zero(double exact) {
 // Lane 4 * r + c holds rows r and r + 8 of `acc`, columns 2 * c and 2 * c + 1. `product(row, column)` is one sum.
 template <class Product>
 inline void add_products(float (&acc)[4], const Product& product) {
+  if (emulation::async_engine != nullptr) emulation::async_engine->end_reads();
   const int lane = emulation::current_lane();
   for (int i = 0; i < 4; ++i) {
     const int row = lane / 4 + i / 2 * 8;
