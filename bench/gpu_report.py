@@ -1,12 +1,12 @@
-"""What the GPU benchmarks say: targets met or missed, tables, and the plot. Pure functions of the result's JSON.
+"""What the GPU benchmarks' reports share: verdicts, ratios, tables, the plot. Pure functions of the result's JSON.
 
-The forward benchmark's report is here; what `gpu_bwd_report.py` shares with it is, too.
+`gpu_fwd_report.py` and `gpu_bwd_report.py` are the reports.
 """
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,21 +21,14 @@ TITLES = {
     "d64": "D 64, 32 heads",
     "d256": "D 256, 8 heads",
     "gqa": "D 128, 32/8 heads (GQA)",
-    "window": "D 128, 32/8 heads, causal, window 1024",
+    "window": "D 128, 32/8 heads, causal windows",
+    "short": "D 128, 16 heads, short sequences",
 }
 PEERS = {"fa2": "FA2 (torch)", "cudnn": "cuDNN (torch)"}
 
-# What this version promises: heed's speed over that of torch's FA2 backend, at least.
+# What the portable family promises: its speed over that of torch's FA2 backend, at least.
 FA2_TARGETS = {"d128": 1.0, "d64": 1.0, "d256": 0.9}
-MAX_GQA_TIME = 1.0  # of the same call with as many KV heads as query heads
-MAX_WINDOW_TIME = 0.15  # of the full causal call at 16384 tokens
 MAX_UNEVEN_TIME = 1.15  # of the same flops in equal sequences
-JIT_TARGETS = {  # name in the result: (what, most seconds)
-    "cold_s": ("cold compile of one kernel, 2 cores", 2.0),
-    "disk_s": ("load of one kernel from disk", 5e-3),
-    "lookup_s": ("lookup of a loaded kernel", 1e-6),
-    "launch_s": ("host cost of one launch", 2e-6),
-}
 
 
 @dataclass(frozen=True)
@@ -53,34 +46,11 @@ GOAL_MATMUL_TFLOPS = 795.0
 
 @dataclass(frozen=True)
 class Goals:
-    """What the kernels written for one architecture are to reach on Hopper later.
-
-    The portable family is judged by the targets above, and shown beside these.
-    """
+    """What the kernels written for Hopper are to reach."""
 
     cudnn: Mapping[bool, Mapping[int, tuple[float, float]]]  # D 128: causal, tokens: ratio to cuDNN (hot, paused)
     tflops: Mapping[tuple[str, bool], Mapping[int, float]]  # elsewhere: (group, causal), tokens
     packed: Mapping[bool, float]  # TFLOP/s by causal
-
-
-FORWARD_GOALS = Goals(
-    cudnn={
-        False: {512: (1.17, 1.17), 1024: (1.17, 1.17), 2048: (1.18, 1.17), 4096: (1.18, 1.17), 8192: (1.21, 1.17),
-                16384: (1.21, 1.17)},
-        True: {512: (1.32, 1.30), 1024: (1.35, 1.33), 2048: (1.32, 1.30), 4096: (1.28, 1.26), 8192: (1.28, 1.26),
-               16384: (1.34, 1.26)},
-    },
-    tflops={
-        ("d64", False): {1024: 465, 4096: 520, 16384: 548},
-        ("d64", True): {1024: 380, 4096: 500, 16384: 560},
-        ("d256", False): {1024: 690, 4096: 760, 16384: 800},
-        ("d256", True): {1024: 470, 4096: 720, 16384: 785},
-        ("gqa", False): {1024: 680, 4096: 685, 16384: 695},
-        ("gqa", True): {1024: 600, 4096: 680, 16384: 740},
-        ("window", True): {4096: 620, 16384: 640},
-    },
-    packed={False: 600, True: 560},
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -99,6 +69,12 @@ class Verdict:
         if self.measured is None:
             return None
         return self.measured >= self.bound if self.is_at_least else self.measured <= self.bound
+
+    @property
+    def share(self) -> float:
+        """How far a target was reached: 1 and more where it was met."""
+        measured = self.measured or 0.0
+        return measured / self.bound if self.is_at_least else self.bound / max(measured, 1e-30)
 
     @property
     def word(self) -> str:
@@ -126,7 +102,7 @@ def verdict_table(found: list[Verdict]) -> str:
         if not measured:
             lines.append([target, same[0].bound_text, "-", "", "not measured"])
             continue
-        worst = (min if same[0].is_at_least else max)(measured, key=lambda verdict: verdict.measured or 0.0)
+        worst = min(measured, key=lambda verdict: verdict.share)
         met = sum(verdict.is_met is True for verdict in same)
         word = worst.word if len(same) == 1 else f"{met} of {len(same)} met"
         lines.append([target, worst.bound_text, worst.number, worst.where, word])
@@ -155,62 +131,15 @@ def of_group(content: Result, group: str) -> list[Result]:
     return [row for row in content.get("rows", []) if row["group"] == group]
 
 
-def verdicts(content: Result) -> list[Verdict]:
-    """Every target of this version, whether it was measured or not."""
-    return [*_speed_verdicts(content), *_relation_verdicts(content), *_jit_verdicts(content)]
-
-
-def _speed_verdicts(content: Result) -> Iterator[Verdict]:
-    """One line for each row and mode against torch's FA2."""
-    for group, bound in FA2_TARGETS.items():
-        rows = of_group(content, group)
-        target = f"{TITLES[group]}: speed / FA2's"
-        if not rows:
-            yield Verdict(target, bound, True, None)
-        for row in rows:
-            for mode in MODES:
-                yield Verdict(target, bound, True, time_ratio(row, mode, "fa2", "heed"), where=where_of(row, mode))
-
-
 def where_of(row: Result, mode: str) -> str:
     kind = "causal" if row["is_causal"] else "full"
     return f"S {row['tokens']} {kind}, {mode}" if "tokens" in row else f"{kind}, {mode}"
-
-
-def _relation_verdicts(content: Result) -> Iterator[Verdict]:
-    """heed's own times against each other."""
-    relations = [
-        ("gqa", None, "heed MHA", "GQA 32/8: time / MHA's", MAX_GQA_TIME),
-        ("window", 16384, "heed full causal", "causal window 1024 at 16384: time / full causal", MAX_WINDOW_TIME),
-    ]
-    for group, tokens, other, what, bound in relations:
-        rows = [row for row in of_group(content, group) if tokens in (None, row["tokens"])]
-        if not rows:
-            yield Verdict(what, bound, False, None)
-        for row in rows:
-            for mode in MODES:
-                ratio = time_ratio(row, mode, "heed", other)
-                yield Verdict(what, bound, False, ratio, where=where_of(row, mode))
-    packed = content.get("packed", [])
-    what = "varlen: uneven time / equal, same flops"
-    if not packed:
-        yield Verdict(what, MAX_UNEVEN_TIME, False, None)
-    for row in packed:
-        for mode in MODES:
-            yield Verdict(what, MAX_UNEVEN_TIME, False, uneven_ratio(row, mode), where=where_of(row, mode))
 
 
 def uneven_ratio(row: Result, mode: str) -> float | None:
     """Time of the uneven sequences over that of equal ones, at equal work."""
     ratio = time_ratio(row, mode, "heed", "heed equal")
     return None if ratio is None else ratio * row["equal_tflop"] / row["tflop"]
-
-
-def _jit_verdicts(content: Result) -> Iterator[Verdict]:
-    for name, (what, bound) in JIT_TARGETS.items():
-        scale, unit = (1.0, " s") if bound >= 1 else (1e3, " ms") if bound >= 1e-3 else (1e6, " us")
-        measured = content.get("jit", {}).get(name)
-        yield Verdict(what, bound * scale, False, None if measured is None else measured * scale, unit)
 
 
 # Tables.
@@ -220,7 +149,7 @@ def number(value: float | None, digits: int) -> str:
     return "-" if value is None else f"{value:.{digits}f}"
 
 
-def goal(row: Result, mode: str, matmul_tflops: float | None, goals: Goals = FORWARD_GOALS) -> float | None:
+def goal(row: Result, mode: str, matmul_tflops: float | None, goals: Goals) -> float | None:
     """The goal of the Hopper kernels in TFLOP/s in this run, or None where there is none to compare with."""
     if row["group"] == "d128":
         cudnn = speed(row, mode, "cudnn")
@@ -240,53 +169,6 @@ def target_cell(ratios: list[float | None], bound: float) -> str:
     """A bound and whether the lowest of the ratios reaches it."""
     measured = [ratio for ratio in ratios if ratio is not None]
     return f"{bound:.1f} {'not measured' if not measured else 'met' if min(measured) >= bound else 'MISSED'}"
-
-
-def dense_table(content: Result, group: str) -> str:
-    """One group: speeds and ratios hot and paused, the target, and the share of the Hopper kernels' goal."""
-    extras = {"gqa": ("/ MHA time", "heed MHA"), "window": ("/ full time", "heed full causal")}
-    bound = FA2_TARGETS.get(group)
-    matmul = content.get("ceilings", {}).get("matmul_tflops")
-    header = [TITLES[group]]
-    for mode in MODES:
-        header += [f"{mode}: heed", "FA2", "cuDNN", "x FA2", "x cuDNN"]
-        if group in extras:
-            header.append(extras[group][0])
-        header.append("of goal")
-    header += ["x FA2 target"] if bound is not None else []
-    lines = []
-    for row in of_group(content, group):
-        cells = [f"S {row['tokens']} {'causal' if row['is_causal'] else 'full'}"]
-        ratios = []
-        for mode in MODES:
-            cells += [number(speed(row, mode, name), 0) for name in ("heed", "fa2", "cudnn")]
-            ratios.append(time_ratio(row, mode, "fa2", "heed"))
-            cells += [number(ratios[-1], 2), number(time_ratio(row, mode, "cudnn", "heed"), 2)]
-            if group in extras:
-                cells.append(number(time_ratio(row, mode, "heed", extras[group][1]), 3))
-            cells.append(share_of(speed(row, mode, "heed"), goal(row, mode, matmul)))
-        if bound is not None:
-            cells.append(target_cell(ratios, bound))
-        lines.append(cells)
-    return table(header, lines)
-
-
-def packed_table(content: Result) -> str:
-    matmul = content.get("ceilings", {}).get("matmul_tflops")
-    header = ["varlen, D 128, 16 heads, TFLOP/s"]
-    for mode in MODES:
-        header += [f"{mode}: heed", "heed, equal lengths", "FA2", "uneven / equal time", "of goal"]
-    lines = []
-    for row in content["packed"]:
-        cells = [row["label"]]
-        for mode in MODES:
-            got, samples = speed(row, mode, "heed"), row["seconds"].get(mode, {}).get("heed equal")
-            equal = row["equal_tflop"] / statistics.median(samples) if samples else None
-            wanted = FORWARD_GOALS.packed[row["is_causal"]] * matmul / GOAL_MATMUL_TFLOPS if matmul else None
-            cells += [number(got, 0), number(equal, 0), number(speed(row, mode, "fa2"), 0)]
-            cells += [number(uneven_ratio(row, mode), 3), share_of(got, wanted)]
-        lines.append(cells)
-    return table(header, lines)
 
 
 def jax_table(content: Result, what: str = "TFLOP/s") -> str:
@@ -324,22 +206,6 @@ def wrong_results(content: Result) -> list[str]:
     return [f"WRONG RESULT: {row['wrong']}" for row in rows if row.get("wrong")]
 
 
-def report(content: Result) -> str:
-    """Everything as Markdown, the verdicts last."""
-    parts = [dense_table(content, group) for group in TITLES if of_group(content, group)]
-    if content.get("packed"):
-        parts.append(packed_table(content))
-    if content.get("jax", {}).get("rows"):
-        parts.append(jax_table(content))
-    overhead = content.get("jax", {}).get("overhead_us", {})
-    if overhead:
-        parts.append(table(["one tiny call, microseconds", "measured"], [[k, f"{v:.1f}"] for k, v in overhead.items()]))
-    details = content.get("jit", {}).get("details", {})
-    if details:
-        parts.append(table(["JIT", "measured"], [[k, str(v)] for k, v in details.items()]))
-    return "\n\n".join([*parts, *closing(content, verdicts(content))])
-
-
 def closing(content: Result, found: list[Verdict]) -> list[str]:
     """How every report ends: ceilings, who is absent, what is wrong, and the verdicts last."""
     parts = []
@@ -365,28 +231,6 @@ def about_line(content: Result) -> str:
     return f"{about['gpu']}, bfloat16, TFLOP/s; {shown}; {about['date']}"
 
 
-def readme_block(content: Result, plot_path: str) -> str:
-    """The README's short form: speeds and ratios after a pause, and the targets met."""
-    header = ["TFLOP/s, batch x S = 16384", "heed", "torch FA2", "torch cuDNN", "x FA2", "x cuDNN"]
-    lines = []
-    for group in FA2_TARGETS:
-        for row in of_group(content, group):
-            cells = [f"{TITLES[group]}, S {row['tokens']} {'causal' if row['is_causal'] else 'full'}"]
-            cells += [number(speed(row, "paused", name), 0) for name in ("heed", "fa2", "cudnn")]
-            cells += [number(time_ratio(row, "paused", name, "heed"), 2) for name in ("fa2", "cudnn")]
-            lines.append(cells)
-    return "\n\n".join(
-        [
-            f"{about_line(content)}. Each block of launches follows 0.12 s of idling; causal counts as half the work. "
-            "The ratios are medians of paired time ratios; all contenders alternate in one process. "
-            "[docs/gpu.md](docs/gpu.md) says how it is measured.",
-            table(header, lines),
-            f"![Attention forward on the GPU: heed, torch's FA2 and cuDNN]({plot_path})",
-            summary(verdicts(content)),
-        ]
-    )
-
-
 def summary(all_verdicts: list[Verdict]) -> str:
     """How many targets were met, and of those that were missed how often and by how much at worst."""
     found = [verdict for verdict in all_verdicts if verdict.measured is not None]
@@ -396,7 +240,7 @@ def summary(all_verdicts: list[Verdict]) -> str:
         same = [verdict for verdict in found if verdict.target == target]
         if all(verdict.is_met for verdict in same):
             continue
-        worst = (min if same[0].is_at_least else max)(same, key=lambda verdict: verdict.measured or 0.0)
+        worst = min(same, key=lambda verdict: verdict.share)
         often = "" if len(same) == 1 else f" on {sum(not verdict.is_met for verdict in same)} of {len(same)} rows"
         missed.append(f"{target} ({worst.bound_text}){often}, at worst {worst.number}")
     text = f"{num_met} of {len(found)} targets were met."
@@ -460,6 +304,3 @@ def plot(content: Result, path: Path, title: str) -> bool:
     figure.tight_layout()
     figure.savefig(path, dpi=120)
     return True
-
-
-FORWARD = Benchmark("Attention forward", report, readme_block)

@@ -216,12 +216,16 @@ def command(
     bench: gpu_report.Benchmark,
     measure: Callable[[argparse.Namespace, list[str]], Mapping[str, Any]],
     budget_s: float,
+    default_parts: Sequence[str] | None = None,
 ) -> int:
     """The command line of a GPU benchmark. `measure` runs the chosen parts and returns what it wrote."""
+    chosen_by_default = ",".join(parts if default_parts is None else default_parts)
     parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="fewer rows and rounds: about a minute")
     parser.add_argument("--rounds", type=int, help="paired samples per row and mode")
-    parser.add_argument("--only", default=",".join(parts), help=f"parts to run, of {','.join(parts)}")
+    parser.add_argument(
+        "--only", default=chosen_by_default, help=f"parts to run, of {','.join(parts)} (default: {chosen_by_default})"
+    )
     parser.add_argument(
         "--budget", type=float, default=budget_s, help="seconds for all, about; what does not fit is skipped"
     )

@@ -125,6 +125,10 @@ constexpr Problem kProblems[] = {
      "attention_fwd.v1;q=bfloat16[64,1,64];k=bfloat16[64,1,64];v=bfloat16[64,1,64];cu_seqlens_q=int32[3];"
      "scale=default;causal=1;align=bottom_right;window=-1,-1;max_seqlen=-1,-1;softcap=0x0p+0;lse=0;deterministic=0;"
      "backend=auto"},
+    // On Hopper, with tensor maps.
+    {"bfloat16_causal_d128_many_tiles",
+     "attention_fwd.v1;q=bfloat16[4,128,40,128];k=bfloat16[4,128,40,128];v=bfloat16[4,128,40,128];scale=default;"
+     "causal=1;align=bottom_right;window=-1,-1;softcap=0x0p+0;lse=0;deterministic=0;backend=auto"},
 };
 
 constexpr char kEmptyKernel[] =

@@ -27,8 +27,10 @@ from expected import (  # noqa: E402
 )
 from grad_faces import bwd_of  # noqa: E402
 from heed._arrays import DLPackOps, common_kind  # noqa: E402
+from heed._lib import function  # noqa: E402
 from heed._small_ops import ACT_AND_MUL_BWD, RMS_NORM_BWD, ActStatics, NormStatics, run_eagerly  # noqa: E402
 from heed.reference import Gradients  # noqa: E402
+from sm90_cases import NAMED_BY_NAME, call_of, expected_result, why_declined  # noqa: E402
 from small_op_faces import cotangents_of, expected, expected_gradients  # noqa: E402
 from small_op_specs import BY_NAME as SMALL_BY_NAME  # noqa: E402
 from small_op_specs import OpCase  # noqa: E402
@@ -78,6 +80,34 @@ PACKED = (
     "varlen_used_nan_float16",
     "varlen_everything",
 )
+# Of tests/sm90_cases.py, for the Hopper forward kernel by name; what it does not serve is left out.
+SM90 = (
+    "full_bfloat16-d128",
+    "causal_float16-d128",
+    "causal_gqa_d128_bfloat16-d128",
+    "len_1-d128-float16",
+    "kv_len_0_sinks-d128-bfloat16",
+    "q_longer_causal-d128",
+    "top_left_window_q_longer-d128-bfloat16",
+    "window_both-d128",
+    "softcap_gqa-d128",
+    "sinks_causal_empty_rows-d128",
+    "alibi_causal-d128",
+    "segments_packed_causal-d128",
+    "everything_top_left-d128",
+    "large_logits_bfloat16-d128",
+    "nan_visible_causal-d128",
+    "varlen_cross_causal_bfloat16-d128",
+    "varlen_all_empty_with_rows-d128-bfloat16",
+    "varlen_tile_edges-d128",
+    "varlen_outside_nan-d128",
+    "varlen_used_nan_float16-d128",
+    "varlen_everything-d128-float16",
+    "many_tiles_causal",
+    "many_tiles_packed_causal",
+    *(f"{name}-d{dims}" for dims in ("64", "80", "96", "192", "256", "192_128")
+      for name in ("causal_float16", "varlen_tile_edges")),
+)  # fmt: skip
 SMALL = (
     "silu_bfloat16",
     "silu_h59",
@@ -127,6 +157,23 @@ def run_forward(case: GradientCase, spec: AttentionSpec | VarlenSpec) -> None:
     cupy.cuda.Device().synchronize()
     want = expected_of_varlen(spec) if isinstance(spec, VarlenSpec) else expected_of(spec)
     want.check(from_cupy(out), from_cupy(lse), spec.name)
+
+
+def run_sm90(name: str, arch: str) -> bool:
+    """The Hopper kernel, if the GPU is one of its kind and it serves the case."""
+    call = call_of(NAMED_BY_NAME[name])
+    if not arch.startswith("sm_90") or why_declined(call):
+        return False
+    out, lse = getattr(heed, call.function)(
+        *map(to_cupy, call.operands),
+        return_lse=True,
+        backend="sm90",
+        **each_array(to_cupy, call.arrays),
+        **call.statics,
+    )
+    cupy.cuda.Device().synchronize()
+    expected_result(NAMED_BY_NAME[name]).check(from_cupy(out), from_cupy(lse), name)
+    return True
 
 
 def run_backward(case: GradientCase, spec: AttentionSpec | VarlenSpec) -> None:
@@ -206,6 +253,9 @@ def main() -> int:
             if given.which in (None, which):
                 judge_gradients(spec, lambda case, run=run, spec=spec: run(case, spec))  # type: ignore[misc]
                 num_calls += 1
+    if given.which in (None, "forward"):
+        arch = str(function("gpu_info")()["devices"][0]["arch"])
+        num_calls += sum(run_sm90(name, arch) for name in SM90 if given.only in f"sm90_{name}")
     num_calls += sum(run_small(name, given.which) for name in SMALL if given.only in name)
     print(f"{num_calls} calls gave the right results")
     return 0 if num_calls else 1

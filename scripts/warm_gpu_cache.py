@@ -19,6 +19,7 @@ sys.path.insert(0, str(ROOT / "tests"))
 
 import numpy as np  # noqa: E402
 
+import heed  # noqa: E402
 from heed._attention import split_segment_ids  # noqa: E402
 from heed._lib import function  # noqa: E402
 from heed._problem import (  # noqa: E402
@@ -27,6 +28,7 @@ from heed._problem import (  # noqa: E402
     attention_statics,
     attention_text,
 )
+from sm90_cases import NAMED, NUM_RANDOM, call_of, random_spec, why_declined  # noqa: E402
 from specs import CONFORMANCE, AttentionSpec, make_cotangents, make_inputs  # noqa: E402
 from varlen_specs import VARLEN, VarlenSpec, make_varlen_cotangents, make_varlen_inputs  # noqa: E402
 
@@ -56,6 +58,19 @@ def problems(spec: AttentionSpec | VarlenSpec) -> list[tuple[str, str]]:
     return found
 
 
+def sm90_problems(spec: AttentionSpec | VarlenSpec) -> list[tuple[str, str]]:
+    """(op, problem) of a spec of tests/sm90_cases.py: the Hopper kernel, where it serves, and the portable one."""
+    call = call_of(spec)
+    if why_declined(call):
+        return []
+    texts = [
+        heed.explain(getattr(heed, call.function), *call.operands, **call.arrays, **call.statics, return_lse=True,
+                     backend=backend, target="sm_90a").problem
+        for backend in ("sm90", "sm80")
+    ]  # fmt: skip
+    return [("attention_fwd", text) for text in texts]
+
+
 def load(problem: tuple[str, str]) -> str:
     """What went wrong, if anything."""
     op, text = problem
@@ -74,6 +89,10 @@ def main() -> int:
     specs: list[AttentionSpec | VarlenSpec] = [*CONFORMANCE, *VARLEN]
     with np.errstate(all="ignore"):
         todo = [problem for spec in specs if given.only in spec.name for problem in problems(spec)]
+        arch = str(function("gpu_info")()["devices"][0]["arch"])
+        if arch.startswith("sm_90"):
+            hopper = [*NAMED, *map(random_spec, range(NUM_RANDOM))]
+            todo += [problem for spec in hopper if given.only in f"sm90_{spec.name}" for problem in sm90_problems(spec)]
     random.Random(0).shuffle(todo)  # neighbours need the same kernels
     start = time.perf_counter()
     with concurrent.futures.ProcessPoolExecutor(given.processes, multiprocessing.get_context("spawn")) as pool:

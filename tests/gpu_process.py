@@ -9,6 +9,7 @@ import ctypes
 import functools
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,9 @@ def count_calls() -> list[int]:
     return stages
 
 
-def run_command_buffer(folder: Path) -> dict[str, Any]:
+def run_command_buffer(
+    folder: Path, shape: tuple[int, ...] = (2, 96, 4, 64), backend: str | None = None
+) -> dict[str, Any]:
     """Runs one call again and again with new data in the same memory, and a loop of calls in one program."""
     stages = count_calls()
     import jax
@@ -64,9 +67,8 @@ def run_command_buffer(folder: Path) -> dict[str, Any]:
         return stages.count(EXECUTE)
 
     rng = np.random.default_rng(0)
-    shape = (2, 96, 4, 64)
     q, k, v = (jax.device_put(rng.standard_normal(shape).astype(np.float16), jax.devices("cuda")[0]) for _ in "qkv")
-    attend = jax.jit(functools.partial(heed.flash_mha, is_causal=True, return_lse=True))
+    attend = jax.jit(functools.partial(heed.flash_mha, is_causal=True, return_lse=True, backend=backend))
     # In place: the next call finds other numbers at the same address.
     change = jax.jit(lambda x: (x * -0.75 + 0.125).astype(x.dtype), donate_argnums=0)
     inputs, outs, lses, counts = [], [], [], []
@@ -83,7 +85,7 @@ def run_command_buffer(folder: Path) -> dict[str, Any]:
     @jax.jit
     def loop(q: Any, k: Any, v: Any) -> Any:
         def step(carry: Any, _: None) -> Any:
-            out = heed.flash_mha(carry, k, v, is_causal=True)
+            out = heed.flash_mha(carry, k, v, is_causal=True, backend=backend)
             return (carry + out).astype(jnp.float16), out
 
         return jax.lax.scan(step, q, None, length=STEPS)
@@ -219,9 +221,11 @@ def run_cached(folder: Path) -> dict[str, Any]:
 
 if __name__ == "__main__":
     case, folder = sys.argv[1], Path(sys.argv[2])
-    cases = {
+    cases: dict[str, Callable[[Path], dict[str, Any]]] = {
         "cached": run_cached,
         "command_buffer": run_command_buffer,
+        # More tiles than multiprocessors: blocks take them in turns, by a counter in the call's workspace.
+        "command_buffer_sm90": functools.partial(run_command_buffer, shape=(1, 129, 72, 128), backend="sm90"),
         "ops_command_buffer": run_ops_command_buffer,
         "export": run_export,
         "exported": run_exported,

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 import heed
+from conftest import gpu_devices
 from expected import Expected, expected
 from gpu_process import REPLAYS, STEPS
 from heed._lib import library_dir
@@ -73,11 +74,19 @@ def command_buffer_dump(folder: Path) -> str:
     return "\n".join(lines[:40]) or "no dump mentions command buffers"
 
 
-def test_calls_are_captured_into_command_buffers_and_replayed_with_new_data(tmp_path: Path) -> None:
+def require_hopper() -> None:
+    if str(gpu_devices()[0].compute_capability) != "9.0":
+        pytest.skip("this is no Hopper GPU")
+    if os.environ.get("HEED_EXPERIMENTAL") != "sm90":
+        pytest.skip("needs HEED_EXPERIMENTAL=sm90")
+
+
+@pytest.mark.parametrize("case", ["command_buffer", "command_buffer_sm90"])
+def test_calls_are_captured_into_command_buffers_and_replayed_with_new_data(case: str, tmp_path: Path) -> None:
+    if case.endswith("sm90"):
+        require_hopper()
     flags = f"--xla_gpu_graph_min_graph_size=1 --xla_dump_to={tmp_path / 'dump'} --xla_dump_hlo_as_text"
-    found = run_process(
-        "command_buffer", tmp_path, XLA_FLAGS=f"{flags} --xla_gpu_enable_command_buffer=FUSION,CUSTOM_CALL"
-    )
+    found = run_process(case, tmp_path, XLA_FLAGS=f"{flags} --xla_gpu_enable_command_buffer=FUSION,CUSTOM_CALL")
     check_command_buffer_results(found["results"], "in command buffers")
     assert found["stages"] == [2, 3], "XLA is to initialise and to execute"
     replays = found["counts"][REPLAYS:]

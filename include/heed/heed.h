@@ -154,6 +154,8 @@ struct AttentionForwardArgs {
   TensorView seqused_k;       // optional [B] int32, only beside cu_seqlens_q
   TensorView out;             // [B, Lq, Hq, Dv] or [Tq, Hq, Dv], dtype of q, written
   TensorView lse;             // optional [B, Hq, Lq] or [Hq, Tq] float32, written: log of the softmax denominator
+  TensorView workspace;       // optional scratch: attention_forward_workspace_bytes() of contiguous float32, aligned to
+                              // 16 bytes. With it, blocks of a GPU that are done early take work from the others
   void* stream = nullptr;     // CUDA stream for tensors on a GPU (null: the default stream)
 };
 
@@ -164,6 +166,12 @@ struct AttentionForwardArgs {
 // Throws ValueError, TypeError or UnsupportedError before anything is written. On a GPU the call is asynchronous on
 // args.stream, and the first one of its kind finds or compiles its kernel.
 HEED_API void attention_forward(const AttentionForwardArgs& args, const AttentionOptions& options = {});
+
+// The bytes of `workspace` that a call of attention_forward has a use for: 0 for most kernels. Results are the same
+// without it, but may come later. Calls that may run at the same time need one each. The operands need no memory, and
+// `out` and `lse` need not be there.
+HEED_API int64_t attention_forward_workspace_bytes(const AttentionForwardArgs& args,
+                                                   const AttentionOptions& options = {});
 
 // Operands of attention_backward: the inputs of attention_forward, what it returned for them, the gradients of its
 // results, and where the gradients of its inputs go. Leading axes and strides are free as in attention_forward: every

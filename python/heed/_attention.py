@@ -179,8 +179,9 @@ def run_eagerly(kind: str, function_name: str, statics: AttentionStatics, operan
     outputs = [ops.empty(resolution.out_shape, resolution.out_dtype)]
     if statics.return_lse:
         outputs.append(ops.empty(resolution.lse_shape, "float32"))
+    scratch = [ops.empty(resolution.workspace_shape, "float32")] if resolution.workspace_bytes else []
     inputs = [ops.view(value, name) for name, value in zip(OPERAND_NAMES, operands, strict=True) if value is not None]
-    ops.run("attention_fwd", text, *inputs, *map(ops.view_out, outputs))
+    ops.run("attention_fwd", text, *inputs, *map(ops.view_out, outputs + scratch))
     return tuple(outputs)
 
 

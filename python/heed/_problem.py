@@ -60,11 +60,17 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Resolution:
-    """What a valid problem returns, and which kernel serves it."""
+    """What a valid problem returns, and which kernel serves it.
+
+    Attributes:
+        workspace_shape: float32 that the kernel has a use for, private to it. Its last axis is 0 where it has none: the
+            call then gets no workspace.
+    """
 
     out_shape: tuple[int, ...]
     lse_shape: tuple[int, ...]
     out_dtype: str
+    workspace_shape: tuple[int, ...]
     chosen: str | None
     workspace_bytes: int
     candidates: tuple[Candidate, ...]
@@ -84,6 +90,11 @@ class OpResolution:
     chosen: str | None
     workspace_bytes: int
     candidates: tuple[Candidate, ...]
+
+    @property
+    def workspace_shape(self) -> tuple[int, ...]:
+        """The last result's shape, for an op that has a workspace."""
+        return self.results[-1][1]
 
 
 def wrong_kind(name: str, value: Any, expected: str) -> TypeError:
@@ -228,6 +239,7 @@ def resolve_attention(text: str, target: str) -> Resolution:
         out_shape=tuple(found["out_shape"]),
         lse_shape=tuple(found["lse_shape"]),
         out_dtype=str(found["out_dtype"]),
+        workspace_shape=tuple(found["workspace_shape"]),
         chosen=str(found["chosen"]) or None,
         workspace_bytes=int(found["workspace_bytes"]),
         candidates=tuple(Candidate(*map(str, row)) for row in found["candidates"]),

@@ -85,8 +85,7 @@ int AttentionBwdProblem::num_outputs() const {
 }
 
 std::vector<int64_t> AttentionBwdProblem::workspace_shape(int64_t floats_per_head) const {
-  if (forward.is_varlen) return append(forward.lead, {forward.num_q_heads, floats_per_head});
-  return append(forward.lead, {forward.batch, forward.num_q_heads, floats_per_head});
+  return forward.workspace_shape(floats_per_head);
 }
 
 std::string to_text(const AttentionBwdRequest& request) {

@@ -25,6 +25,11 @@ std::vector<int64_t> AttentionProblem::lse_shape() const {
   return append(lead, {batch, num_q_heads, q_len});
 }
 
+std::vector<int64_t> AttentionProblem::workspace_shape(int64_t floats_per_head) const {
+  if (is_varlen) return append(lead, {num_q_heads, floats_per_head});
+  return append(lead, {batch, num_q_heads, floats_per_head});
+}
+
 int AttentionProblem::num_inputs() const {
   return static_cast<int>(
       std::count_if(operands.begin(), operands.end(), [](const TensorSpec& spec) { return spec.present; }));

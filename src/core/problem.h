@@ -22,7 +22,8 @@ struct TensorSpec {
 // Axes of any operand before its own ones.
 inline constexpr int kMaxLeadAxes = kMaxRank - 4;
 
-// Operands in the order in which every face passes them. Outputs follow in the same order: out, then lse if wanted.
+// Operands in the order in which every face passes them. Outputs follow in the same order: out, then lse if wanted,
+// then the workspace if there is one.
 enum AttentionOperand : int {
   kQ,
   kK,
@@ -70,6 +71,8 @@ struct AttentionProblem {
   HEED_API std::vector<int64_t> lse_shape() const;
   HEED_API int num_inputs() const;  // operands that are there
   int num_outputs() const { return wants_lse ? 2 : 1; }
+  // Of scratch memory, which a call may have after its outputs: [.., B, Hq, floats] or [.., Hq, floats].
+  HEED_API std::vector<int64_t> workspace_shape(int64_t floats_per_head) const;
   HEED_API int64_t num_heads_in_all() const;  // query heads of every leading index and batch row
   Backend asked_backend() const { return backend; }
 };

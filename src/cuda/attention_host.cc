@@ -43,6 +43,12 @@ Element element_of(DType dtype) {
   return Element::kBFloat16;
 }
 
+bool scales_first(const AttentionProblem& problem) {
+  return !(problem.softmax_scale > 1e-30 && problem.softmax_scale < 1e37);
+}
+
+bool caps_scores(const AttentionProblem& problem) { return problem.softcap > 0.0 && problem.softcap < 1e30; }
+
 std::string gpu_attention_declines(const AttentionProblem& problem, const Target& target) {
   constexpr std::string_view kNeeds = "needs an NVIDIA GPU (sm_80 or newer), and the target is ";
   if (target.is_cpu || (target.sm != 0 && target.sm < 80)) return std::string(kNeeds) + target.name;

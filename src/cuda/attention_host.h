@@ -18,6 +18,12 @@ namespace heed::cuda {
 
 Element element_of(DType dtype);
 
+// Whether scores take their scale before the maximum: one outside of this range, which nobody trains with, would
+// overflow or meet the -inf of a masked score as a factor.
+bool scales_first(const AttentionProblem& problem);
+// Whether there is a soft cap that changes any float32 score.
+bool caps_scores(const AttentionProblem& problem);
+
 // Why no GPU kernel serves problems of this size on the target; empty if one may.
 std::string gpu_attention_declines(const AttentionProblem& problem, const Target& target);
 

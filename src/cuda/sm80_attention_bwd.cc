@@ -28,7 +28,7 @@ Sm80AttentionBwdSpec make_spec(const AttentionBwdProblem& problem, bool is_align
   spec.is_aligned = is_aligned;
   spec.is_varlen = forward.is_varlen;
   spec.has_segment_ids = forward.has_segment_ids;
-  spec.has_softcap = forward.softcap > 0.0 && forward.softcap < 1e30;  // beyond, a cap changes no float32 score
+  spec.has_softcap = caps_scores(forward);
   spec.has_alibi = forward.has_alibi;
   spec.is_deterministic = forward.deterministic;
   return spec;

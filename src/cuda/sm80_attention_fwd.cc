@@ -16,10 +16,6 @@ namespace {
 
 constexpr int64_t kMaxBlocks = std::numeric_limits<int32_t>::max();  // of a grid's first axis
 
-// Scales outside of this range, which nobody trains with, would overflow or meet the -inf of a masked score as a
-// factor.
-bool scales_first(double scale) { return !(scale > 1e-30 && scale < 1e37); }
-
 Sm80AttentionFwdSpec make_spec(const AttentionProblem& problem, bool is_aligned) {
   Sm80AttentionFwdSpec spec;
   spec.element = element_of(problem.dtype);
@@ -30,9 +26,9 @@ Sm80AttentionFwdSpec make_spec(const AttentionProblem& problem, bool is_aligned)
   spec.is_aligned = is_aligned;
   spec.is_varlen = problem.is_varlen;
   spec.has_segment_ids = problem.has_segment_ids;
-  spec.has_softcap = problem.softcap > 0.0 && problem.softcap < 1e30;  // beyond, a cap changes no float32 score
+  spec.has_softcap = caps_scores(problem);
   spec.has_alibi = problem.has_alibi;
-  spec.scales_first = scales_first(problem.softmax_scale);
+  spec.scales_first = scales_first(problem);
   return spec;
 }
 

@@ -51,6 +51,10 @@ struct AttentionFwd {
     if (problem.wants_lse) views.lse = view_argument(*tensors++, heed::DType::kFloat32, "lse");
     return views;
   }
+
+  static void read_workspace(heed::AttentionForwardArgs& views, const TVMFFIAny& tensor) {
+    views.workspace = view_argument(tensor, heed::DType::kFloat32, "workspace");
+  }
 };
 
 struct AttentionBwd {
@@ -78,13 +82,16 @@ struct AttentionBwd {
   }
 };
 
-// attention_fwd_resolve(problem, target) -> map: what the call would return and which kernel would serve it.
+// attention_fwd_resolve(problem, target) -> map: what the call would return and which kernel would serve it. The
+// workspace has a last axis of size 0 if no kernel serves or none has a use for it.
 Record attention_fwd_resolve(std::string_view text, std::string_view target_name) {
   const heed::AttentionProblem problem = heed::validate(heed::parse_attention_request(text));
-  Record record = to_record(heed::resolve(problem, heed::parse_target(target_name)));
+  const heed::AttentionFwdResolution resolution = heed::resolve(problem, heed::parse_target(target_name));
+  Record record = to_record(resolution);
   record.Set("out_shape", to_array(problem.out_shape()));
   record.Set("lse_shape", to_array(problem.lse_shape()));
   record.Set("out_dtype", dtype_name(problem.dtype));
+  record.Set("workspace_shape", to_array(problem.workspace_shape(resolution.workspace_per_head)));
   return record;
 }
 

@@ -24,11 +24,12 @@ namespace heed::ffi {
 using Record = tvm::ffi::Map<tvm::ffi::String, tvm::ffi::Any>;
 
 // The exports of one op. Op: kName, kFirst (its first operand's name), prepare(text, target), load(prepared, device),
-// views(prepared, tensors) -> its arguments, run(prepared, arguments).
+// views(prepared, tensors) -> its arguments, run(prepared, arguments). An op with read_workspace(arguments, tensor) may
+// be given one after its outputs, or none, where its kernel has a use for it.
 
-// op(problem, *inputs, *outputs): the operands that the problem's text names, in its order, then the outputs. On a GPU
-// it runs on the stream that TVM-FFI holds for the device of the first operand. The first such call loads its kernel
-// there.
+// op(problem, *inputs, *outputs[, workspace]): the operands that the problem's text names, in its order, then the
+// outputs. On a GPU it runs on the stream that TVM-FFI holds for the device of the first operand. The first such call
+// loads its kernel there.
 template <class Op>
 void call(const TVMFFIAny* args, int32_t num_args) {
   const std::string name(Op::kName);
@@ -40,11 +41,16 @@ void call(const TVMFFIAny* args, int32_t num_args) {
   static const Target kCpu = parse_target("cpu");
   const auto prepared = Op::prepare(text, is_cuda ? cuda_target(device) : kCpu);
   const int num_expected = 1 + prepared->problem.num_inputs() + prepared->problem.num_outputs();
-  if (num_args != num_expected) {
+  constexpr bool kMayHaveWorkspace = requires { &Op::read_workspace; };
+  const bool has_workspace = kMayHaveWorkspace && prepared->workspace_bytes > 0 && num_args == num_expected + 1;
+  if (num_args != num_expected && !has_workspace) {
     throw TypeError(name + ": got " + std::to_string(num_args) + " arguments, expected " +
                     std::to_string(num_expected) + " for this problem");
   }
   auto views = Op::views(*prepared, args + 1);
+  if constexpr (kMayHaveWorkspace) {
+    if (has_workspace) Op::read_workspace(views, args[num_expected]);
+  }
   if (!is_cuda) {
     Op::run(*prepared, views);
     return;

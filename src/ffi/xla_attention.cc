@@ -8,6 +8,7 @@ namespace {
 namespace xla = heed::xla;
 
 struct AttentionFwd {
+  static constexpr bool kMayHaveWorkspace = true;
   static constexpr auto& prepare = heed::prepare_attention_fwd;
   static constexpr auto& load = heed::load_attention_fwd;
   static constexpr auto& run = heed::run_attention_fwd;
@@ -23,6 +24,7 @@ struct AttentionFwd {
     }
     args.out = results.next();
     if (problem.wants_lse) args.lse = results.next();
+    if (results.has_next()) args.workspace = results.next();
     return args;
   }
 };

@@ -31,6 +31,7 @@ class TensorReader {
  public:
   TensorReader(const Tensors& tensors, Device device) : tensors_(tensors), device_(device) {}
   TensorView next() { return view_of(tensors_.tensors[next_++], device_); }
+  bool has_next() const { return next_ < tensors_.size; }
 
  private:
   const Tensors& tensors_;
@@ -38,19 +39,26 @@ class TensorReader {
   int64_t next_ = 0;
 };
 
-// Throws TypeError unless the call has as many operands and results as its problem.
-void check_counts(const CallFrame& frame, int num_inputs, int num_outputs);
+// Throws TypeError unless the call has as many operands and results as its problem, or one result more where that may
+// be.
+void check_counts(const CallFrame& frame, int num_inputs, int num_outputs, bool may_have_workspace);
 
 // Answers XLA's question for metadata, or runs `body`. C++ errors become XLA's.
 Error* handle(CallFrame* frame, void (*body)(const CallFrame&));
 
 // The two bodies. Op: prepare(text, target), load(prepared, device), args(prepared, frame, device), run(prepared,
-// args).
+// args), and kMayHaveWorkspace if a call may have a workspace after its outputs, or none.
+template <class Op>
+void check_counts_of(const CallFrame& frame, const auto& problem) {
+  constexpr bool kMayHaveWorkspace = requires { Op::kMayHaveWorkspace; };
+  check_counts(frame, problem.num_inputs(), problem.num_outputs(), kMayHaveWorkspace);
+}
+
 template <class Op>
 void run_on_cpu(const CallFrame& frame) {
   static const Target kTarget = parse_target("cpu");
   const auto prepared = Op::prepare(problem_of(frame), kTarget);
-  check_counts(frame, prepared->problem.num_inputs(), prepared->problem.num_outputs());
+  check_counts_of<Op>(frame, prepared->problem);
   Op::run(*prepared, Op::args(*prepared, frame, {}));
 }
 
@@ -62,7 +70,7 @@ void run_on_cuda(const CallFrame& frame) {
     Op::load(*prepared, device);
     return;
   }
-  check_counts(frame, prepared->problem.num_inputs(), prepared->problem.num_outputs());
+  check_counts_of<Op>(frame, prepared->problem);
   auto args = Op::args(*prepared, frame, {DeviceType::kCuda, device});
   args.stream = cuda_stream_of(frame);
   Op::run(*prepared, args);

@@ -5,6 +5,7 @@
 #include "cpu/attention_fwd.h"
 #include "cuda/jit/jit.h"
 #include "cuda/sm80_attention_fwd.h"
+#include "cuda/sm90_attention_fwd.h"
 #include "ops/stages.h"
 #include "ops/views.h"
 
@@ -16,7 +17,8 @@ void run_on_cpu(const AttentionProblem& problem, const AttentionForwardArgs& arg
 }
 
 constexpr AttentionFwdKernel kKernels[] = {
-    {"sm90_attention_fwd", Backend::kSm90, "sm90", sm90_declines<AttentionProblem>, nullptr},
+    {"sm90_attention_fwd", Backend::kSm90, "sm90", cuda::sm90_attention_fwd_declines, cuda::sm90_attention_fwd,
+     cuda::prepare_sm90_attention_fwd, cuda::load_sm90_attention_fwd, cuda::sm90_attention_fwd_workspace},
     {"sm80_attention_fwd", Backend::kSm80, "sm80", cuda::sm80_attention_fwd_declines, cuda::sm80_attention_fwd,
      cuda::prepare_sm80_attention_fwd, cuda::load_sm80_attention_fwd},
     {"cpu_attention_fwd", Backend::kCpu, "cpu", cpu::attention_fwd_declines, run_on_cpu},
@@ -36,7 +38,8 @@ AttentionRequest make_request(const AttentionForwardArgs& args, const AttentionO
   return request;
 }
 
-void check_views(const AttentionProblem& problem, const AttentionForwardArgs& args) {
+void check_views(const PreparedAttentionFwd& prepared, const AttentionForwardArgs& args) {
+  const AttentionProblem& problem = prepared.problem;
   for (int i = 0; i < kNumAttentionInputs; ++i) {
     const TensorSpec& spec = problem.operands[i];
     if (!spec.present) continue;
@@ -45,6 +48,7 @@ void check_views(const AttentionProblem& problem, const AttentionForwardArgs& ar
   }
   check_view("out", args.out, problem.dtype, problem.out_shape(), args.q.device, true);
   if (problem.wants_lse) check_view("lse", args.lse, DType::kFloat32, problem.lse_shape(), args.q.device, true);
+  if (args.workspace.defined()) check_workspace(args.workspace, prepared.workspace_bytes, args.q.device);
 }
 
 PreparedAttentionFwd prepare(const AttentionRequest& request, const Target& target) {
@@ -52,6 +56,7 @@ PreparedAttentionFwd prepare(const AttentionRequest& request, const Target& targ
   prepared.problem = validate(request);
   const AttentionFwdResolution resolution = resolve(prepared.problem, target);
   prepared.kernel = require_kernel(resolution, "attention forward", to_text(request), target);
+  prepared.workspace_bytes = resolution.workspace_bytes;
   if (prepared.kernel->prepare != nullptr) prepared.state = prepared.kernel->prepare(prepared.problem);
   return prepared;
 }
@@ -72,13 +77,13 @@ void load_attention_fwd(const PreparedAttentionFwd& prepared, int device) {
 }
 
 void run_attention_fwd(const PreparedAttentionFwd& prepared, const AttentionForwardArgs& args) {
-  check_views(prepared.problem, args);
+  check_views(prepared, args);
   prepared.kernel->run(prepared.problem, args, prepared.state.get());
 }
 
 void attention_forward(const AttentionForwardArgs& args, const AttentionOptions& options) {
   // 1. Validate, 2. resolve, 3. plan: GPU kernels derive their parameters from the problem; the CPU kernel derives its
-  // work items when it runs, from the problem and, packed, from its lengths. Neither needs workspace.
+  // work items when it runs, from the problem and, packed, from its lengths.
   const PreparedAttentionFwd prepared = prepare(make_request(args, options), target_of(args.q.device));
   // 4. Launch.
   if (args.q.device.type == DeviceType::kCpu) {
@@ -87,6 +92,14 @@ void attention_forward(const AttentionForwardArgs& args, const AttentionOptions&
     const cuda::DeviceScope scope(args.q.device.index);  // the default stream is that of the current context
     run_attention_fwd(prepared, args);
   }
+}
+
+int64_t attention_forward_workspace_bytes(const AttentionForwardArgs& args, const AttentionOptions& options) {
+  const AttentionRequest request = make_request(args, options);
+  const Target target = target_of(args.q.device);
+  const AttentionFwdResolution resolution = resolve(validate(request), target);
+  require_kernel(resolution, "attention forward", to_text(request), target);
+  return resolution.workspace_bytes;
 }
 
 }  // namespace heed

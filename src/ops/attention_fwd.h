@@ -44,7 +44,8 @@ HEED_API std::shared_ptr<const PreparedAttentionFwd> prepare_attention_fwd(std::
 // std::runtime_error. Kernels of the CPU need nothing.
 HEED_API void load_attention_fwd(const PreparedAttentionFwd& prepared, int device);
 
-// Checks the views against the problem (shapes, dtypes, memory) and runs the kernel.
+// Checks the views against the problem (shapes, dtypes, memory) and runs the kernel. The workspace may be absent: a
+// compiled program may come from a version of heed, or be made for a GPU, that had no use for one.
 HEED_API void run_attention_fwd(const PreparedAttentionFwd& prepared, const AttentionForwardArgs& args);
 
 }  // namespace heed

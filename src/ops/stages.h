@@ -22,14 +22,13 @@ inline Target target_of(Device device) {
   return device.type == DeviceType::kCpu ? Target{} : cuda_target(device.index);
 }
 
-// The Hopper family has its rows already, so that a caller learns why it does not serve; this build does not contain
-// it.
+// An op without a kernel of Hopper's own has its row already, so that a caller learns why it does not serve.
 template <class Problem>
 std::string sm90_declines(const Problem& /*problem*/, const Target& target) {
   if (target.is_cpu || (target.sm != 0 && target.sm != 90)) {
     return "needs an NVIDIA Hopper GPU (sm_90a), and the target is " + target.name;
   }
-  return "this version of heed has no kernels for Hopper alone";
+  return "this version of heed has no such kernel for Hopper alone";
 }
 
 // The kernel that was chosen. Throws UnsupportedError with every candidate's reason if there is none.

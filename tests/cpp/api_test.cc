@@ -285,6 +285,22 @@ TEST(AttentionBackward, ErrorsAreTypedAndLeaveTheGradientsAlone) {
   c.expect_untouched();
 }
 
+TEST(AttentionForward, TheCpuHasNoUseForAWorkspaceAndTakesOne) {
+  std::vector<float> q(5 * 2 * 8, 0.5f), out(q.size()), scratch(4);
+  AttentionForwardArgs args;
+  args.q = args.k = args.v = TensorView::contiguous(q.data(), DType::kFloat32, {1, 5, 2, 8});
+  EXPECT_EQ(attention_forward_workspace_bytes(args), 0);  // out need not be there
+  args.out = TensorView::contiguous(out.data(), DType::kFloat32, {1, 5, 2, 8});
+  args.workspace = TensorView::contiguous(scratch.data(), DType::kFloat32, {4});
+  attention_forward(args);
+  EXPECT_EQ(out[0], 0.5f);
+  AttentionOptions options;
+  options.backend = Backend::kSm90;
+  EXPECT_THROW(attention_forward_workspace_bytes(args, options), UnsupportedError);
+  args.k.shape[3] = 7;
+  EXPECT_THROW(attention_forward_workspace_bytes(args), ValueError);
+}
+
 TEST(AttentionBackward, TheWorkspaceIsKnownWithoutMemory) {
   BackwardCase c;
   const int64_t bytes = attention_backward_workspace_bytes(c.args);

@@ -44,7 +44,8 @@ int note(const char* name) {
   return note(name, [](FakeDriver&) {});
 }
 
-std::vector<char> copy_of(const FakeDriver& driver, void** params) {
+std::vector<char> copy_of(const FakeDriver& driver, unsigned block, void** params) {
+  if (block != driver.copied_block) return {};
   const char* bytes = static_cast<const char*>(params[0]);
   return {bytes, bytes + driver.num_copied_bytes};
 }
@@ -176,7 +177,7 @@ int cuLaunchKernel(void* function, unsigned grid_x, unsigned grid_y, unsigned gr
                                .block = block_x,
                                .shared_bytes = shared_bytes,
                                .params = params[0],
-                               .copy_of_params = copy_of(driver, params)});
+                               .copy_of_params = copy_of(driver, block_x, params)});
   });
 }
 int cuTensorMapEncodeTiled(void* map, int type, uint32_t rank, void* address, const uint64_t* sizes,
@@ -212,7 +213,7 @@ int cuLaunchKernelEx(const FakeLaunchConfig* config, void* function, void** para
                       .block = config->block[0],
                       .shared_bytes = config->shared_bytes,
                       .params = params[0],
-                      .copy_of_params = copy_of(driver, params)};
+                      .copy_of_params = copy_of(driver, config->block[0], params)};
     for (unsigned i = 0; i < config->num_attributes; ++i) {
       const FakeLaunchAttribute& attribute = config->attributes[i];
       if (attribute.id == kClusterDimension) launch.cluster = attribute.value[0];

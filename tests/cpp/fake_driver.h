@@ -22,7 +22,7 @@ struct FakeLaunch {
   unsigned cluster = 1;
   bool overlaps_previous = false;
   void* params = nullptr;              // the pointer that was given
-  std::vector<char> copy_of_params{};  // the first FakeDriver::num_copied_bytes of what it points to
+  std::vector<char> copy_of_params{};  // what it points to, if the test has asked for it
 };
 
 // What happened since the test last assigned a new one. May be written by several threads, and read when they are done.
@@ -33,8 +33,10 @@ struct FakeDriver {
   std::vector<int> capture_modes;  // of the thread, when a library was loaded
   int num_libraries = 0;
   int num_unloaded = 0;
-  std::string failing_call;     // the function that fails next, once
-  size_t num_copied_bytes = 0;  // of the parameters of each launch
+  std::string failing_call;  // the function that fails next, once
+  // The parameters of launches of blocks of so many threads are copied: other kernels have other parameters.
+  size_t num_copied_bytes = 0;
+  unsigned copied_block = 0;
 };
 
 // The one of this process.

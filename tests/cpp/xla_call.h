@@ -15,6 +15,7 @@
 #include "ffi/xla_abi.h"
 #include "heed/heed.h"
 #include "ops/attention_bwd.h"
+#include "ops/attention_fwd.h"
 
 namespace heed::xla {
 
@@ -40,7 +41,7 @@ class XlaCall {
     if (text_.starts_with(kAttentionBwdSchema)) {
       add_backward(validate(parse_attention_bwd_request(text_)), parse_target(target));
     } else {
-      add_forward(validate(parse_attention_request(text_)));
+      add_forward(validate(parse_attention_request(text_)), parse_target(target));
     }
     make_frame();
   }
@@ -97,10 +98,12 @@ class XlaCall {
     frame_.attrs = {sizeof(xla::Attributes), nullptr, 1, &attribute_type_, &attribute_names_, &attribute_values_};
   }
 
-  void add_forward(const AttentionProblem& problem) {
+  void add_forward(const AttentionProblem& problem, const Target& target) {
     for (const TensorSpec& spec : problem.operands) add(arguments_, spec);
     add(results_, problem.operands[kQ].dtype, problem.out_shape());
     if (problem.wants_lse) add(results_, "float32", problem.lse_shape());
+    const int64_t floats = resolve(problem, target).workspace_per_head;
+    if (floats > 0) add(results_, "float32", problem.workspace_shape(floats));
   }
 
   void add_backward(const AttentionBwdProblem& problem, const Target& target) {

@@ -155,7 +155,7 @@ TEST_F(XlaHandlerWithKernel, InitializeLoadsOnceAndLaunchesNothing) {
 
 // No module is loaded, nothing is queried, allocated or waited for, no context changes.
 TEST_F(XlaHandlerWithKernel, ExecuteAsksTheDriverForOneLaunchAndNothingElse) {
-  const auto call = make_call(problem_text("2,40,4,64"), 0, 4711);
+  const auto call = make_call(problem_text("2,40,4,64", "sm80"), 0, 4711);
   expect_success(heed_xla_attention_fwd_cuda(&call->frame(heed::xla::kInitialize)));
   for (int i = 0; i < 3; ++i) {
     fake_driver() = FakeDriver();
@@ -164,6 +164,51 @@ TEST_F(XlaHandlerWithKernel, ExecuteAsksTheDriverForOneLaunchAndNothingElse) {
     ASSERT_EQ(fake_driver().launches.size(), 1U);
     EXPECT_EQ(fake_driver().launches[0].stream, fake_stream(4711));
   }
+}
+
+// With the kernel for Hopper, which is asked for in the environment.
+class XlaHandlerOnHopper : public XlaHandlerWithKernel {
+ protected:
+  void SetUp() override {
+    setenv("HEED_EXPERIMENTAL", "sm90", 1);
+    XlaHandlerWithKernel::SetUp();
+  }
+  void TearDown() override { unsetenv("HEED_EXPERIMENTAL"); }
+};
+
+// It needs its tensor maps too, which are made on the host.
+TEST_F(XlaHandlerOnHopper, ExecuteMakesMapsAndLaunches) {
+  const auto call = make_call(problem_text("3,1024,8,128"), 0, 4711);
+  ASSERT_EQ(call->results().size(), 3U);
+  const heed::test::XlaCall::Tensor& workspace = *call->results().back();
+  EXPECT_EQ(workspace.dims, (std::vector<int64_t>{3, 8, 4}));
+  expect_success(heed_xla_attention_fwd_cuda(&call->frame(heed::xla::kInitialize)));
+  for (int i = 0; i < 3; ++i) {
+    fake_driver() = FakeDriver();
+    expect_success(heed_xla_attention_fwd_cuda(&call->frame(heed::xla::kExecute)));
+    EXPECT_EQ(fake_driver().calls,
+              (std::vector<std::string>{"cuCtxGetCurrent", "cuCtxPushCurrent", "cuTensorMapEncodeTiled",
+                                        "cuTensorMapEncodeTiled", "cuTensorMapEncodeTiled", "cuTensorMapEncodeTiled",
+                                        "cuLaunchKernel", "cuCtxPopCurrent"}));
+    ASSERT_EQ(fake_driver().launches.size(), 1U);
+    EXPECT_EQ(fake_driver().launches[0].stream, fake_stream(4711));
+  }
+}
+
+// An executable may come from a version of heed that had no use for one, or be made for other GPUs.
+TEST_F(XlaHandlerOnHopper, ForwardRunsWithoutItsWorkspaceAndRefusesAWrongOne) {
+  const auto call = make_call(problem_text("3,1024,8,128"));
+  heed::xla::CallFrame& frame = call->frame(heed::xla::kExecute);
+  heed::test::XlaCall::Tensor& workspace = *call->results().back();
+  workspace.dims.back() = 0;
+  expect_error(heed_xla_attention_fwd_cuda(&frame), heed::xla::kInvalidArgument,
+               "workspace: got float32 [3, 8, 0] of 0 bytes, expected at least 384 bytes of float32");
+  frame.rets.size -= 1;
+  fake_driver() = FakeDriver();
+  expect_success(heed_xla_attention_fwd_cuda(&frame));
+  EXPECT_EQ(fake_driver().launches.size(), 1U);
+  frame.rets.size -= 1;  // no lse
+  expect_error(heed_xla_attention_fwd_cuda(&frame), heed::xla::kInvalidArgument, "not those of its problem");
 }
 
 TEST_F(XlaHandlerWithKernel, EveryDeviceGetsItsOwn) {

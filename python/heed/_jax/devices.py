@@ -31,7 +31,7 @@ def prepare(op: Op, text: str, platforms: Sequence[str], what: str) -> tuple[int
     the program only launches. A GPU that none serves, beside others, is reported by XLA when a program is to run there.
     Where there is no GPU (lowering for another machine) all that is left to the process that runs the program.
 
-    Returns the shape of a workspace that is large enough for all of them; None if the op has no workspace.
+    Returns the shape of a workspace that is large enough for all of them; None if the call has none.
     """
     serving: list[Any] = []
     for platform in platforms:
@@ -45,8 +45,9 @@ def prepare(op: Op, text: str, platforms: Sequence[str], what: str) -> tuple[int
             raise UnsupportedError(f"{what}: {reason}", {platform: reason})
     if not op.has_workspace:
         return None
-    shapes: list[tuple[int, ...]] = [resolution.results[-1][1] for resolution in serving]
-    return max(shapes)  # they differ in the last axis only
+    shapes: list[tuple[int, ...]] = [resolution.workspace_shape for resolution in serving]
+    largest = max(shapes)  # they differ in the last axis only
+    return None if op.may_lack_workspace and largest[-1] == 0 else largest
 
 
 def workspace_of_share(op: Op, text: str, share: str, num_floats: int) -> int:
@@ -58,8 +59,8 @@ def workspace_of_share(op: Op, text: str, share: str, num_floats: int) -> int:
     needed = num_floats
     for target in ("cpu", *(set(_cuda_targets().values()) or {"cuda"})):
         whole, part = op.resolve(text, target), op.resolve(share, target)
-        if whole.chosen is not None and part.chosen is not None and whole.results[-1][1][-1] <= num_floats:
-            needed = max(needed, part.results[-1][1][-1])
+        if whole.chosen is not None and part.chosen is not None and whole.workspace_shape[-1] <= num_floats:
+            needed = max(needed, part.workspace_shape[-1])
     return needed
 
 

@@ -102,13 +102,13 @@ def module_bytecode(
     results: Sequence[TensorType],
     problem: str,
     sums: Mapping[int, np.ndarray],
-    workspace_floats: int = 0,
+    workspace_floats: int | None = None,
 ) -> bytes:
     """A StableHLO module whose main function is one call: what XLA inlines on each device.
 
     sums: results that are then summed over groups of devices, [groups, devices of a group].
-    workspace_floats: the last axis of the last result as the call needs it, if that is a workspace. The function
-        returns as much of it as it is to; nobody reads that.
+    workspace_floats: the last axis of the last result as the call needs it; None if that is no workspace. The
+        function returns as much of it as it is to; nobody reads that.
     """
     with mlir.make_ir_context() as context, ir.Location.unknown(context):
         module = ir.Module.create()
@@ -120,7 +120,7 @@ def module_bytecode(
         with ir.InsertionPoint(block):
             called_types = list(result_types)
             shape, dtype = results[-1]
-            if op.has_workspace:
+            if workspace_floats is not None:
                 called_types[-1] = tensor_type((*shape[:-1], workspace_floats), dtype)
             values = list(emit_call(op, list(block.arguments), called_types, problem).results)
             if called_types[-1] != result_types[-1]:

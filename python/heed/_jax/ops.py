@@ -43,6 +43,7 @@ class Op:
         results: the names of a call's results, from the same. The workspace is not among them.
         partial_results: those that are sums over axes that may be divided: devices each have a part.
         has_workspace: whether the custom call has one more result, scratch memory. Its last axis depends on the target.
+        may_lack_workspace: whether calls of kernels that have no use for one are without that result.
         own_results: (operand, result) where a result does not depend on the operands of the other pairs.
     """
 
@@ -55,6 +56,7 @@ class Op:
     results: Callable[[layouts.Shapes, layouts.Options], tuple[str, ...]]
     partial_results: tuple[str, ...] = ()
     has_workspace: bool = False
+    may_lack_workspace: bool = False
     own_results: tuple[tuple[str, str], ...] = ()
 
     # By name: a module that is loaded again makes the same ops anew.
@@ -135,6 +137,8 @@ ATTENTION_FWD = Op(
     resolve_attention,
     layouts.attention,
     _forward_results,
+    has_workspace=True,
+    may_lack_workspace=True,
 )
 ATTENTION_BWD = Op(
     "attention_bwd",

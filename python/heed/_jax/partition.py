@@ -164,7 +164,8 @@ def _partition(
     is_tuple = result_shape.is_tuple()
     result_shapes = list(result_shape.tuple_shapes()) if is_tuple else [result_shape]
     result_shardings = list(result_sharding.tuple_elements()) if is_tuple else [result_sharding]
-    result_names = (*call.results, WORKSPACE) if op.has_workspace else call.results
+    has_workspace = len(result_shapes) > len(call.results)
+    result_names = (*call.results, WORKSPACE) if has_workspace else call.results
 
     names = (*operand_names, *result_names)
     xla_shapes = dict(zip(names, (*operand_shapes, *result_shapes), strict=True))
@@ -183,7 +184,7 @@ def _partition(
                 groups = _ids_of_all(sharers, attributes.get("groups", ""), split.layout)
                 sums[result_names.index(name)] = groups
     share = call.on(local)
-    floats = devices.workspace_of_share(op, call.problem, share, local[WORKSPACE][-1]) if op.has_workspace else 0
+    floats = devices.workspace_of_share(op, call.problem, share, local[WORKSPACE][-1]) if has_workspace else None
     module = ffi_target.module_bytecode(
         op,
         [(local[name], xla_shapes[name].numpy_dtype()) for name in operand_names],

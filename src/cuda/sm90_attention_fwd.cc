@@ -1,0 +1,329 @@
+// Host side of the Hopper attention forward kernel: which problems it serves, how it is specialised, its parameters and
+// its launch. What it computes and how: device/sm90_attention_fwd.cuh.
+#include "cuda/sm90_attention_fwd.h"
+
+#include <algorithm>
+#include <array>
+#include <atomic>
+#include <cstdint>
+#include <limits>
+#include <mutex>
+#include <random>
+#include <string_view>
+
+#include "core/dtype.h"
+#include "cuda/attention_host.h"
+#include "cuda/jit/log.h"
+#include "cuda/sm80_attention_fwd.h"
+#include "cuda/sm90_attention_fwd_spec.h"
+#include "cuda/tensor_map_host.h"
+
+namespace heed::cuda {
+namespace {
+
+static_assert(kTensorMapColumns == kPartColumns);
+
+constexpr int64_t kMaxTiles = std::numeric_limits<int32_t>::max();
+constexpr int kQBoxRows = 64, kOutBoxRows = 16;  // what a warpgroup reads, what a warp writes
+constexpr int64_t kCounterFloats = 4;
+// Calls of no more tiles need no counter: on any Hopper GPU that is not divided, each block has one of them.
+constexpr int64_t kFewTiles = 64;
+
+// Head dims that there is a tile for.
+struct HeadDims {
+  int64_t qk, v;
+};
+constexpr HeadDims kHeadDims[] = {{64, 64}, {80, 80}, {96, 96}, {128, 128}, {192, 128}, {192, 192}, {256, 256}};
+
+Sm90AttentionFwdSpec make_spec(const AttentionProblem& problem) {
+  Sm90AttentionFwdSpec spec;
+  spec.element = element_of(problem.dtype);
+  spec.head_dim_qk = static_cast<int>(problem.head_dim_qk);
+  spec.head_dim_v = static_cast<int>(problem.head_dim_v);
+  spec.is_varlen = problem.is_varlen;
+  spec.has_mask = problem.window_left >= 0 || problem.window_right >= 0;
+  spec.has_segment_ids = problem.has_segment_ids;
+  spec.has_softcap = caps_scores(problem);
+  spec.has_alibi = problem.has_alibi;
+  spec.scales_first = scales_first(problem);
+  return spec;
+}
+
+KernelSpec to_kernel_spec(const Sm90AttentionFwdSpec& spec) {
+  return {"sm90_attention_fwd", InstanceText("Sm90AttentionFwd", "Sm90AttentionFwdSpec", spec.element)
+                                    .number("head_dim_qk", spec.head_dim_qk)
+                                    .number("head_dim_v", spec.head_dim_v)
+                                    .flag("is_varlen", spec.is_varlen)
+                                    .flag("has_mask", spec.has_mask)
+                                    .flag("has_segment_ids", spec.has_segment_ids)
+                                    .flag("has_softcap", spec.has_softcap)
+                                    .flag("has_alibi", spec.has_alibi)
+                                    .flag("scales_first", spec.scales_first)
+                                    .str()};
+}
+
+bool has_tile(int64_t head_dim_qk, int64_t head_dim_v) {
+  return std::any_of(std::begin(kHeadDims), std::end(kHeadDims),
+                     [&](const HeadDims& dims) { return dims.qk == head_dim_qk && dims.v == head_dim_v; });
+}
+
+std::string names_of_head_dims() {
+  std::string names;
+  for (const auto& [qk, v] : kHeadDims) {
+    names += (names.empty() ? "" : ", ") + std::to_string(qk);
+    if (v != qk) names += " with " + std::to_string(v) + " for v";
+  }
+  return names;
+}
+
+// The name of an operand of which some problems share rows and others do not; empty if there is none. Tensor maps have
+// one axis of problems, which has one stride: 0 if all of them share them.
+std::string_view partly_shared_operand(const AttentionProblem& problem) {
+  for (const int index : {kQ, kK, kV}) {
+    bool is_shared = false, is_divided = !problem.is_varlen && problem.batch > 1;
+    for (size_t axis = 0; axis < problem.lead.size(); ++axis) {
+      if (problem.lead[axis] == 1) continue;
+      (problem.operands[index].shape[axis] == 1 ? is_shared : is_divided) = true;
+    }
+    if (is_shared && is_divided) return kAttentionOperandNames[index];
+  }
+  return "";
+}
+
+// In double: the product may not fit 64 bits.
+double num_tiles_in_all(const AttentionProblem& problem) {
+  const int q_rows = sm90_attention_fwd_tile(make_spec(problem)).q_rows();
+  return static_cast<double>(num_row_tiles(problem, problem.q_len, q_rows)) *
+         static_cast<double>(problem.num_heads_in_all());
+}
+
+// Until it has passed all its tests on a GPU (docs/kernel-notes.md).
+bool is_enabled() { return environment("HEED_EXPERIMENTAL") == "sm90"; }
+
+// What the kernel cannot do.
+std::string cannot_serve(const AttentionProblem& problem) {
+  if (problem.dtype == DType::kFloat32) return "multiplies bfloat16 and float16, and this call has float32";
+  if (!has_tile(problem.head_dim_qk, problem.head_dim_v)) {
+    return "has tiles for the head dims " + names_of_head_dims() + ", and this call has " +
+           std::to_string(problem.head_dim_qk) +
+           (problem.head_dim_v == problem.head_dim_qk ? "" : " with " + std::to_string(problem.head_dim_v) + " for v");
+  }
+  if (problem.is_varlen && num_problems(problem) != 1) {
+    return "serves one packed batch at a time, and this call has " + std::to_string(num_problems(problem)) +
+           " on its leading axes";
+  }
+  if (const std::string_view name = partly_shared_operand(problem); !name.empty()) {
+    return "needs each of q, k and v to be either whole or shared along all leading axes and the batch, and " +
+           std::string(name) + " is shared along some of them";
+  }
+  if (num_tiles_in_all(problem) > static_cast<double>(kMaxTiles)) {
+    return "counts up to 2^31 - 1 tiles of query rows, and this call has more";
+  }
+  return "";
+}
+
+// Problems that it could serve, and that another kernel serves faster: each with what was measured. They go to this
+// kernel if it is asked for by name.
+struct Slower {
+  bool (*is_so)(const AttentionProblem& problem);
+  std::string_view reason;
+};
+constexpr std::array<Slower, 0> kSlower = {};
+
+// The order of dense tiles under a one-sided mask, where some are longer than others. A section is a few heads, whose K
+// and V stay in L2, from its longest tiles to its shortest ones. Short sequences: small sections mix long tiles with
+// short ones, and the last heads are one section, so that the last tiles of all are short (docs/kernel-notes.md).
+struct TileOrder {
+  int64_t section_heads = 1, tail_heads = 0;
+};
+
+TileOrder order_of(const AttentionProblem& problem, int64_t num_heads, int q_rows) {
+  if (problem.is_varlen || problem.window_right < 0 || problem.window_left >= 0) return {};
+  constexpr int64_t kSectionBytes = int64_t{32} << 20, kTailTiles = 512, kMostTailHeads = 64, kMostTailTiles = 16;
+  const int64_t num_tiles = num_row_tiles(problem, problem.q_len, q_rows);
+  const int64_t group = problem.num_q_heads / std::max<int64_t>(problem.num_kv_heads, 1);
+  const int64_t kv_bytes = problem.kv_len * (problem.head_dim_qk + problem.head_dim_v) * info(problem.dtype).size_bytes;
+  const int64_t fitting = kSectionBytes / std::max<int64_t>(kv_bytes / std::max<int64_t>(group, 1), 1);
+  TileOrder order;
+  order.section_heads = std::clamp<int64_t>(num_tiles <= 4 ? 1 : std::min(num_tiles / 2, fitting), 1, num_heads);
+  if (num_tiles > 0 && num_tiles <= kMostTailTiles) {
+    order.tail_heads = std::min({kMostTailHeads, kTailTiles / num_tiles, num_heads});
+  }
+  return order;
+}
+
+struct Prepared {
+  Sm90AttentionFwdParams params{};
+  Sm90AttentionFwdTile tile{};
+  Variant variant;
+  // The portable kernel, for operands that TMA cannot copy; made when one is met.
+  std::once_flag fallback_once;
+  std::shared_ptr<void> fallback;
+
+  void* fallback_for(const AttentionProblem& problem) {
+    std::call_once(fallback_once, [&] {
+      const bool may_serve =
+          problem.backend == Backend::kAuto && sm80_attention_fwd_declines(problem, parse_target("sm_90a")).empty();
+      if (may_serve) fallback = prepare_sm80_attention_fwd(problem);
+    });
+    return fallback.get();
+  }
+};
+
+// 96 bits that no other launch has, in this process or another one: what was drawn once, plus the launch's number. They
+// tell the kernel whether its counter is from this launch or something that was in memory before. A CUDA graph replays
+// the same ones, so the kernel leaves zeros behind.
+void set_nonce(Sm90AttentionFwdParams& params) {
+  struct Base {
+    uint64_t low;
+    uint32_t high;
+    Base() {
+      std::random_device random;
+      low = uint64_t{random()} << 32 | random();
+      high = random();
+    }
+  };
+  static const Base base;
+  static std::atomic<uint64_t> num_launches{0};
+  const uint64_t low = base.low + num_launches.fetch_add(1, std::memory_order_relaxed);
+  params.nonce[0] = static_cast<unsigned>(low);
+  params.nonce[1] = static_cast<unsigned>(low >> 32);
+  params.nonce[2] = base.high;
+}
+
+// The operand that TMA cannot copy, and why.
+struct NamedMisfit {
+  std::string_view name;
+  Misfit misfit;
+};
+
+NamedMisfit make_maps(Sm90AttentionFwdParams& params, const AttentionProblem& problem,
+                      const Sm90AttentionFwdTile& tile) {
+  struct Row {
+    std::string_view name;
+    TensorMap& map;
+    const DeviceOperand& operand;
+    int64_t num_tokens, num_heads, head_dim;
+    int box_rows;
+  };
+  const Row rows[] = {
+      {"q", params.q_map, params.q, problem.q_len, problem.num_q_heads, problem.head_dim_qk, kQBoxRows},
+      {"out", params.out_map, params.out, problem.q_len, problem.num_q_heads, problem.head_dim_v, kOutBoxRows},
+      {"k", params.k_map, params.k, problem.kv_len, problem.num_kv_heads, problem.head_dim_qk, tile.kv_rows},
+      {"v", params.v_map, params.v, problem.kv_len, problem.num_kv_heads, problem.head_dim_v, tile.kv_rows},
+  };
+  const Element element = element_of(problem.dtype);
+  for (const Row& row : rows) {
+    if (row.num_tokens == 0) {  // no keys: nobody reads this map, and there may be no memory
+      row.map = params.q_map;
+      continue;
+    }
+    const MappedOperand mapped{row.operand, element, row.num_tokens, row.num_heads, row.head_dim, row.box_rows};
+    const Misfit misfit =
+        problem.is_varlen ? make_ragged_map(row.map, mapped) : make_dense_map(row.map, mapped, params);
+    if (misfit.exists()) return {row.name, misfit};
+  }
+  return {};
+}
+
+[[noreturn]] void refuse(const NamedMisfit& found) {
+  throw ValueError(std::string(found.name) + ": got " + std::string(found.misfit.got) + ", expected " +
+                   std::string(found.misfit.expected) +
+                   ", because sm90_attention_fwd copies with TMA (sm80, or no "
+                   "backend at all, takes any strides)");
+}
+
+}  // namespace
+
+std::string sm90_attention_fwd_declines(const AttentionProblem& problem, const Target& target) {
+  if (target.is_cpu || (target.sm != 0 && target.sm != 90)) {
+    return "needs an NVIDIA Hopper GPU (sm_90a), and the target is " + target.name;
+  }
+  if (!is_enabled()) {
+    return "is in development, has given wrong rows in batches of short sequences, and serves only where "
+           "HEED_EXPERIMENTAL=sm90 is set";
+  }
+  std::string reason = gpu_attention_declines(problem, target);
+  if (reason.empty()) reason = cannot_serve(problem);
+  if (!reason.empty() || problem.backend != Backend::kAuto) return reason;
+  for (const Slower& slower : kSlower) {
+    if (slower.is_so(problem)) return std::string(slower.reason);
+  }
+  return "";
+}
+
+int64_t sm90_attention_fwd_workspace(const AttentionProblem& problem) {
+  return num_tiles_in_all(problem) > static_cast<double>(kFewTiles) ? kCounterFloats : 0;
+}
+
+std::shared_ptr<void> prepare_sm90_attention_fwd(const AttentionProblem& problem) {
+  auto prepared = std::make_shared<Prepared>();
+  const Sm90AttentionFwdSpec spec = make_spec(problem);
+  prepared->variant.spec = to_kernel_spec(spec);
+  prepared->tile = sm90_attention_fwd_tile(spec);
+  Sm90AttentionFwdParams& params = prepared->params;
+  set_problem(params, problem, problem.num_q_heads, 0);
+  const TileOrder order = order_of(problem, params.num_heads, prepared->tile.q_rows());
+  params.section_heads = static_cast<int>(order.section_heads);
+  params.num_tail_heads = static_cast<unsigned>(order.tail_heads);
+  params.num_tiles = static_cast<int>(num_row_tiles(problem, problem.q_len, prepared->tile.q_rows()));
+  params.num_tiles_in_all = static_cast<unsigned>(params.num_tiles) * params.num_heads;
+  return prepared;
+}
+
+void load_sm90_attention_fwd(const AttentionProblem& /*problem*/, void* prepared, int device) {
+  static_cast<Prepared*>(prepared)->variant.load_on(device);
+  multiprocessor_count(device);  // asks the driver, which a launch does not
+}
+
+void sm90_attention_fwd(const AttentionProblem& problem, const AttentionForwardArgs& args, void* prepared) {
+  auto& of_problem = *static_cast<Prepared*>(prepared);
+  if (of_problem.params.num_heads == 0 || problem.q_len == 0) return;
+  const DeviceScope scope(args.q.device.index);
+  Sm90AttentionFwdParams params = of_problem.params;
+  set_inputs(params, args, problem.is_varlen);
+  set_operand(params.out, args.out, row_axes(problem.is_varlen));
+  set_operand(params.lse, args.lse, statistic_axes(problem.is_varlen));
+  if (const NamedMisfit found = make_maps(params, problem, of_problem.tile); found.misfit.exists()) {
+    void* fallback = of_problem.fallback_for(problem);
+    if (fallback == nullptr) refuse(found);
+    sm80_attention_fwd(problem, args, fallback);
+    return;
+  }
+  const LoadedKernel& kernel = of_problem.variant.load_on(args.q.device.index);
+  const int64_t num_blocks =
+      std::clamp<int64_t>(multiprocessor_count(args.q.device.index), 1, int64_t{params.num_tiles_in_all});
+  if (num_blocks < int64_t{params.num_tiles_in_all} && args.workspace.data != nullptr) {
+    params.next_tile = static_cast<unsigned*>(args.workspace.data);
+    set_nonce(params);
+  }
+  launch(kernel, {.grid_x = num_blocks, .stream = args.stream}, &params);
+}
+
+std::vector<KernelSpec> sm90_attention_fwd_common_specs() {
+  std::vector<KernelSpec> specs;
+  const auto add = [&](Element element, int head_dim, bool is_varlen, auto... change) {
+    for (const bool has_mask : {false, true}) {
+      Sm90AttentionFwdSpec spec{.element = element, .head_dim_qk = head_dim, .head_dim_v = head_dim};
+      spec.is_varlen = is_varlen;
+      spec.has_mask = has_mask;
+      (change(spec), ...);
+      if (spec.has_softcap && !has_mask) continue;  // models that cap their scores are causal
+      if (has_tile(spec.head_dim_qk, spec.head_dim_v)) specs.push_back(to_kernel_spec(spec));
+    }
+  };
+  for (const Element element : {Element::kBFloat16, Element::kFloat16}) {
+    for (const int head_dim : {64, 128}) {
+      add(element, head_dim, false);
+      add(element, head_dim, true);
+    }
+  }
+  for (const int head_dim : {80, 96, 192, 256}) add(Element::kBFloat16, head_dim, false);
+  add(Element::kBFloat16, 192, false, [](Sm90AttentionFwdSpec& spec) { spec.head_dim_v = 128; });
+  for (const int head_dim : {64, 128, 256}) {
+    add(Element::kBFloat16, head_dim, false, [](Sm90AttentionFwdSpec& spec) { spec.has_softcap = true; });
+  }
+  return specs;
+}
+
+}  // namespace heed::cuda

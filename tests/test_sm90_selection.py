@@ -1,0 +1,217 @@
+"""Which calls the Hopper kernel gets, what programs that are lowered for it carry, and what others do not. No GPU."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from jax.sharding import AxisType
+
+import heed
+from heed import _attention, _attention_bwd, _problem
+from heed._arrays import DLPackOps
+from heed._lib import function
+from heed._problem import AttentionStatics, attention_text, resolve_attention
+from jax_cases import attend, check, make_operands
+from test_jax_sharding import assert_no_communication, make_mesh, place, run, specs_of
+
+SM90, SM80 = "sm90_attention_fwd", "sm80_attention_fwd"
+CALL = re.compile(r"custom_call @heed\.attention_fwd\.v1\(.* -> (.*)")
+
+
+def rows(*shape: int, dtype: Any = jnp.bfloat16) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+def explain(q: Any, kv: Any = None, *, target: str = "sm_90a", **options: Any) -> heed.Explanation:
+    kv = q if kv is None else kv
+    return heed.explain(heed.flash_mha, q, kv, kv, target=target, **options)
+
+
+def forget() -> None:
+    """What was resolved and traced before: heed reads its environment once for each problem."""
+    jax.clear_caches()
+    for module in (_problem, _attention, _attention_bwd):
+        for name in ("resolve_attention", "resolve_op", "_resolved"):
+            if hasattr(module, name):
+                getattr(module, name).cache_clear()
+
+
+@pytest.fixture(autouse=True)
+def enabled(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setenv("HEED_EXPERIMENTAL", "sm90")
+    forget()
+    yield
+    forget()
+
+
+# heed.explain.
+
+
+@pytest.mark.parametrize("value", [None, "", "sm100"])
+@pytest.mark.parametrize("backend", [None, "sm90"])
+def test_it_serves_only_where_it_is_asked_for(
+    value: str | None, backend: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if value is None:
+        monkeypatch.delenv("HEED_EXPERIMENTAL")
+    else:
+        monkeypatch.setenv("HEED_EXPERIMENTAL", value)
+    forget()
+    answer = explain(rows(4, 4096, 32, 128), backend=backend)
+    assert answer.chosen == (None if backend else SM80) and answer.workspace_bytes == 0
+    assert "is in development" in answer.reasons[SM90] and "HEED_EXPERIMENTAL=sm90" in answer.reasons[SM90]
+
+
+def test_hopper_gets_its_own_kernel() -> None:
+    answer = explain(rows(4, 4096, 32, 128), rows(4, 4096, 8, 128), is_causal=True)
+    assert answer.chosen == SM90
+    assert answer.reasons[SM80] == f"serves the problem too, but {SM90} comes first"
+    assert answer.workspace_bytes == 16 * 4 * 32
+    assert f"-> {SM90}" in str(answer) and "workspace: 2048 bytes" in str(answer)
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_89", "sm_100"])
+def test_other_gpus_do_not(target: str) -> None:
+    answer = explain(rows(4, 4096, 32, 128), target=target)
+    assert answer.chosen == SM80 and answer.workspace_bytes == 0
+    assert answer.reasons[SM90] == f"needs an NVIDIA Hopper GPU (sm_90a), and the target is {target}"
+
+
+@pytest.mark.parametrize(
+    ("q", "reason"),
+    [
+        (rows(4, 4096, 32, 128, dtype=jnp.float32), "multiplies bfloat16 and float16, and this call has float32"),
+        (rows(4, 4096, 32, 72), "has tiles for the head dims .*, and this call has 72"),
+    ],
+)
+def test_what_it_declines_goes_to_the_portable_kernel(q: Any, reason: str) -> None:
+    answer = explain(q)
+    assert answer.chosen == SM80 and answer.workspace_bytes == 0
+    assert re.fullmatch(reason, answer.reasons[SM90])
+    forced = explain(q, backend="sm90")
+    assert not forced.is_served and re.fullmatch(reason, forced.reasons[SM90])
+    assert forced.reasons[SM80] == "not the backend that was asked for"
+
+
+def test_either_can_be_asked_for() -> None:
+    q = rows(4, 4096, 32, 128)
+    assert explain(q, backend="sm80").chosen == SM80
+    assert explain(q, backend="sm90").chosen == SM90
+
+
+def test_few_tiles_need_no_counter() -> None:
+    assert explain(rows(1, 128, 64, 128)).workspace_bytes == 0
+    assert explain(rows(1, 129, 64, 128)).workspace_bytes == 16 * 64
+
+
+def test_packed_sequences() -> None:
+    q, bounds = rows(4096, 32, 128), rows(9, dtype=jnp.int32)
+    answer = heed.explain(heed.flash_mha_varlen, q, q, q, bounds, target="sm_90a")
+    assert answer.chosen == SM90 and answer.workspace_bytes == 16 * 32
+
+
+# Lowering. A program for GPUs carries the workspace; the others have no more than they had.
+
+
+def results_of(traced: Any, *platforms: str) -> str:
+    (types,) = CALL.findall(traced.lower(lowering_platforms=platforms).as_text())
+    return str(types)
+
+
+LARGE = rows(2, 1024, 8, 128)
+
+
+@pytest.mark.parametrize("platforms", [("cuda",), ("cpu", "cuda")])
+def test_programs_for_hopper_carry_a_workspace(platforms: tuple[str, ...]) -> None:
+    traced = jax.jit(lambda q: heed.flash_mha(q, q, q)).trace(LARGE)
+    types = results_of(traced, *platforms)
+    assert types == "(tensor<2x1024x8x128xbf16>, tensor<2x8x4xf32>)"
+
+
+def test_other_programs_carry_none() -> None:
+    def attention(q: Any, backend: str | None = None) -> Any:
+        return heed.flash_mha(q, q, q, backend=backend)
+
+    assert results_of(jax.jit(attention).trace(LARGE), "cpu") == "tensor<2x1024x8x128xbf16>"
+    traced = jax.jit(attention, static_argnames="backend").trace(LARGE, backend="sm80")
+    assert results_of(traced, "cuda") == "tensor<2x1024x8x128xbf16>"
+    traced = jax.jit(attention).trace(rows(2, 1024, 8, 128, dtype=jnp.float32))
+    assert results_of(traced, "cuda") == "tensor<2x1024x8x128xf32>"
+
+
+def test_mapped_calls() -> None:
+    one = jax.jit(jax.vmap(lambda q: heed.flash_mha(q, q, q, return_lse=True))).trace(rows(3, 2, 1024, 8, 128))
+    types = results_of(one, "cuda")
+    assert types == "(tensor<3x2x1024x8x128xbf16>, tensor<3x2x8x1024xf32>, tensor<3x2x8x4xf32>)"
+    # Tensor maps have one stride for leading axes and batch: k and v are shared along all of them or along none.
+    attention = jax.jit(jax.vmap(heed.flash_mha, (0, None, None)))
+    partly = attention.trace(rows(3, 2, 1024, 8, 128), LARGE, LARGE)
+    assert results_of(partly, "cuda") == "tensor<3x2x1024x8x128xbf16>"
+    kv = rows(1, 1024, 8, 128)
+    shared = attention.trace(rows(3, 1, 1024, 8, 128), kv, kv)
+    assert results_of(shared, "cuda").endswith("tensor<3x1x8x4xf32>)")
+
+
+def test_the_forward_pass_of_a_gradient() -> None:
+    loss = jax.jit(jax.grad(lambda q: heed.flash_mha(q, q, q).astype(jnp.float32).sum())).trace(LARGE)
+    assert results_of(loss, "cuda").endswith(", tensor<2x8x4xf32>)")
+
+
+# Calls with a workspace and without.
+
+
+def test_eager_calls_on_the_cpu_take_none() -> None:
+    q = np.random.default_rng(0).standard_normal((2, 40, 4, 16), np.float32)
+    ops = DLPackOps("numpy", q)
+    text = attention_text(AttentionStatics(), [ops.spec("q", q)] * 3 + [None] * 7)
+    out, scratch = np.empty_like(q), np.empty((2, 4, 4), np.float32)
+    function("attention_fwd")(text, q, q, q, out)
+    with pytest.raises(TypeError, match="attention_fwd: got 6 arguments, expected 5 for this problem"):
+        function("attention_fwd")(text, q, q, q, out, scratch)
+
+
+def test_eager_calls_allocate_none_that_they_do_not_need(monkeypatch: pytest.MonkeyPatch) -> None:
+    shapes: list[tuple[int, ...]] = []
+    empty = DLPackOps.empty
+
+    def counted(self: DLPackOps, shape: tuple[int, ...], dtype: str) -> Any:
+        shapes.append(shape)
+        return empty(self, shape, dtype)
+
+    monkeypatch.setattr(DLPackOps, "empty", counted)
+    q = np.zeros((2, 1024, 8, 128), ml_dtypes.bfloat16)
+    heed.flash_mha(q, q, q)
+    assert shapes == [(2, 1024, 8, 128)]
+
+
+def test_the_shape_of_the_workspace() -> None:
+    text = attention_text(AttentionStatics(), [("bfloat16", (5, 2, 1024, 8, 128))] * 3 + [None] * 7)
+    assert resolve_attention(text, "sm_90a").workspace_shape == (5, 2, 8, 4)
+    assert resolve_attention(text, "cpu").workspace_shape == (5, 2, 8, 0)
+
+
+@pytest.mark.skipif(len(jax.devices("cpu")) < 4, reason="needs four CPU devices (conftest.py makes them)")
+@pytest.mark.parametrize("specs", [specs_of(batch="x"), specs_of(heads="x")], ids=["batch", "heads"])
+def test_a_workspace_is_divided_with_its_call(specs: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from heed._jax import devices
+
+    prepare = devices.prepare
+
+    def with_workspace(op: Any, text: str, *others: Any) -> Any:
+        found = prepare(op, text, *others)
+        return (4, 8, 4) if op.stem == "attention_fwd" else found
+
+    monkeypatch.setattr(devices, "prepare", with_workspace)
+    operands = make_operands(batch=4, q_heads=8, kv_heads=4)
+    arrays = place(make_mesh(AxisType.Auto, x=4), operands, specs)
+    assert "tensor<4x8x4xf32>" in jax.jit(attend).lower(arrays).as_text()
+    (out, lse), hlo = run(attend, arrays)
+    assert_no_communication(hlo)
+    check(out, lse, operands, "with a workspace")
