@@ -24,15 +24,12 @@ using Ints = std::vector<int32_t>;
 // `of` holds what all sequences share; q_len and kv_len of it are all rows of q and of k.
 struct Varlen {
   Case of;
-  Ints cu_seqlens_q;
-  Ints cu_seqlens_k{};  // empty: absent
-  Ints seqused_k{};     // empty: absent
+  Ints cu_seqlens_q, cu_seqlens_k{}, seqused_k{};  // the last two, if empty: absent
   bool is_poisoned = true;
 };
 
 struct Sequence {
-  int64_t q_begin, q_len, kv_begin, kv_len;
-  int64_t first_query;  // those before it are an earlier sequence's
+  int64_t q_begin, q_len, kv_begin, kv_len, first_query;  // queries before the first are an earlier sequence's
 };
 
 // What SEMANTICS the header promises: entries clamped one by one, overlapping rows to the first sequence that has them.

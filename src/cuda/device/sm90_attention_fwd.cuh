@@ -24,9 +24,9 @@
 //
 // Copies. K and V take turns in one ring of slots, each 128 keys of one of them, 32 KiB; a slot is free when all warps
 // have released it. That of K is released after the check of the sums, since a redo reads it. Q of the next tile is on
-// its way as soon as this tile's has moved to registers. The output has shared memory of its own, from which each warp
-// has its 16 rows copied while the next tile is computed. Tensor maps swizzle rows of 128 bytes, give zeros where a
-// sequence ends (0 * NaN is NaN) and write nothing beyond.
+// its way once this tile's first product, which has Q in registers, has been issued. The output has shared memory of
+// its own, from which each warp has its 16 rows copied while the next tile is computed. Tensor maps swizzle rows of 128
+// bytes, give zeros where a sequence ends (0 * NaN is NaN) and write nothing beyond.
 //
 // Order. Tiles are taken from a counter: fixed shares drift apart under a causal mask. A tile's first steps do not
 // depend on the tile before, so that outputs have the same bits whichever block computes it.
