@@ -383,13 +383,17 @@ struct Sm90AttentionLoad {
       ptx::mbarrier_wait(task_stored(number), number / kNumTasks & 1);
       const Task& stored = task(number);
       if (stored.steps.begin == stored.steps.end) return;
+      const int mender = ptx::thread_index() / 32 % kNumMenders;
 #pragma unroll 1
-      for (int i = 0; i < kQRows; ++i) {
-        const int mender = ptx::thread_index() / 32 % kNumMenders;
-        const bool is_mine = kMendersSplitRows || i / 16 % kNumMenders == mender;
-        if (!is_mine || !stored.is_left[i / 16] || i >= stored.rows_left) continue;
-        attend_row<kSpec>(params, stored.work, stored.work.q_begin + i,
-                          kMendersSplitRows ? mender * kColumnsAtOnce<kSpec> : 0);
+      for (int warp = 0; warp < kNumConsumers * 4; ++warp) {
+        const bool is_mine = kMendersSplitRows || warp % kNumMenders == mender;
+        if (!is_mine || !stored.is_left[warp]) continue;
+        const int end = min(warp * 16 + 16, stored.rows_left);
+#pragma unroll 1
+        for (int row = warp * 16; row < end; ++row) {
+          attend_row<kSpec>(params, stored.work, stored.work.q_begin + row,
+                            kMendersSplitRows ? mender * kColumnsAtOnce<kSpec> : 0);
+        }
       }
       __syncwarp();
       if ((ptx::thread_index() & 31) == 0) ptx::mbarrier_arrive(task_done(number));
