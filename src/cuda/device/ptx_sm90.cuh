@@ -4,13 +4,10 @@
 
 #include "cuda/device/memory.cuh"
 #include "cuda/device/ptx.cuh"
+#include "cuda/device/wgmma_tiles.cuh"
 #include "cuda/tensor_map.h"
 
-namespace heed::cuda {
-
-using uint64 = unsigned long long;
-
-namespace ptx {
+namespace heed::cuda::ptx {
 
 // A barrier of 8 bytes of shared memory: a phase ends with so many arrivals and all bytes that were expected.
 __device__ __forceinline__ void mbarrier_init(uint32 barrier, int arrivals) {
@@ -144,25 +141,6 @@ __device__ __forceinline__ void trap() { asm volatile("trap;"); }
 // before which the group's registers must not be touched. Where the compiler cannot see that, it serialises all
 // products of a kernel: each is one statement that has all its accumulators as operands.
 
-// Tiles of rows of 128 bytes, which tensor maps swizzle; they start at multiples of 1024 bytes, which eight rows are.
-// Addresses and distances count 16 bytes.
-inline constexpr uint64 kSwizzle128 = 1ull << 62;
-inline constexpr uint64 kEightRowsApart = 64ull << 32;
-
-// Rows are those of the 64 (of a) or of the N (of b), and each holds 64 elements of k: 16 of them, a step, are 32
-// bytes.
-__device__ __forceinline__ uint64 wgmma_k_major(uint32 tile) {
-  return kSwizzle128 | kEightRowsApart | 1ull << 16 | tile >> 4;
-}
-// Rows are those of k, and each holds 64 of the N, of which the next 64 lie `part_bytes` on: a step is 16 rows.
-__device__ __forceinline__ uint64 wgmma_n_major(uint32 tile, int part_bytes) {
-  return kSwizzle128 | kEightRowsApart | static_cast<uint64>(part_bytes / 16) << 16 | tile >> 4;
-}
-// So many bytes further on.
-__device__ __forceinline__ uint64 wgmma_advance(uint64 tile, int num_bytes) {
-  return tile + static_cast<uint64>(num_bytes / 16);
-}
-
 __device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 
@@ -264,5 +242,4 @@ __device__ __forceinline__ void wgmma_ss(float (&d)[kSize], uint64 a, uint64 b, 
 #undef HEED_WGMMA_RS
 #undef HEED_WGMMA_SS
 
-}  // namespace ptx
-}  // namespace heed::cuda
+}  // namespace heed::cuda::ptx

@@ -2,15 +2,12 @@
 // CPU.
 #pragma once
 
+#include "cuda/device/wgmma_tiles.cuh"
 #include "cuda/tensor_map.h"
 #include "device_emulation/cuda/device/memory.cuh"
 #include "device_emulation/hopper.h"
 
-namespace heed::cuda {
-
-using uint64 = unsigned long long;
-
-namespace ptx {
+namespace heed::cuda::ptx {
 
 static_assert(sizeof(TensorMap) == emulation::kTensorMapBytes && alignof(TensorMap) == 64);
 
@@ -106,14 +103,6 @@ inline uint32 multiply_add_f16(uint32 a, uint32 b, uint32 c) {
 // ---------------------------------------------------------------------------------------------------------------------
 // Warpgroup products. Accumulators hold poison until they are waited for.
 
-inline constexpr uint64 kSwizzle128 = 1ull << 62;
-inline constexpr uint64 kEightRowsApart = 64ull << 32;
-inline uint64 wgmma_k_major(uint32 tile) { return kSwizzle128 | kEightRowsApart | 1ull << 16 | tile >> 4; }
-inline uint64 wgmma_n_major(uint32 tile, int part_bytes) {
-  return kSwizzle128 | kEightRowsApart | static_cast<uint64>(part_bytes / 16) << 16 | tile >> 4;
-}
-inline uint64 wgmma_advance(uint64 tile, int num_bytes) { return tile + static_cast<uint64>(num_bytes / 16); }
-
 inline void wgmma_fence() { emulation::hopper.products.fence(); }
 inline void wgmma_commit() { emulation::hopper.products.commit(); }
 
@@ -144,5 +133,4 @@ inline void wgmma_ss(float (&d)[kSize], uint64 a, uint64 b, bool accumulates) {
   emulation::hopper.products.multiply({2 * kSize, kIsBf16, true, false, accumulates, a, b}, d, {});
 }
 
-}  // namespace ptx
-}  // namespace heed::cuda
+}  // namespace heed::cuda::ptx
