@@ -9,6 +9,7 @@
 
 #include "cuda/jit/jit.h"
 #include "cuda/jit/nvrtc.h"
+#include "device_tensor.h"
 #include "fake_driver.h"
 #include "heed/ops.h"
 #include "ops/attention_decode.h"
@@ -30,18 +31,8 @@ struct Call {
 };
 
 TensorView tensor(const Call& call, DType dtype, std::vector<int64_t> shape) {
-  static char memory[64];  // nobody looks at it
   shape.insert(shape.begin(), call.lead.begin(), call.lead.end());
-  TensorView view = TensorView::contiguous(memory + 16 - reinterpret_cast<uintptr_t>(memory) % 16, dtype, {},
-                                           {DeviceType::kCuda, call.device});
-  view.rank = static_cast<int32_t>(shape.size());
-  int64_t stride = 1;
-  for (int axis = view.rank - 1; axis >= 0; --axis) {
-    view.shape[axis] = shape[axis];
-    view.strides[axis] = stride;
-    stride *= shape[axis];
-  }
-  return view;
+  return test::device_tensor(dtype, shape, call.device);
 }
 
 SingleDecodeArgs args_of(const Call& call) {

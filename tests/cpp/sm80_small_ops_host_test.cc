@@ -12,6 +12,7 @@
 #include "cuda/jit/nvrtc.h"
 #include "cuda/sm80_act_and_mul.h"
 #include "cuda/sm80_rope.h"
+#include "device_tensor.h"
 #include "fake_driver.h"
 #include "heed/ops.h"
 #include "ops/every_kernel.h"
@@ -19,26 +20,14 @@
 namespace heed {
 namespace {
 
+using test::device_tensor;
 using test::fake_driver;
 using test::FakeDriver;
 
 constexpr int64_t kInts = 1 << 20;
 
-// Row-major, in memory that nobody looks at.
-TensorView tensor(DType dtype, const std::vector<int64_t>& shape) {
-  alignas(16) static char memory[16];
-  TensorView view = TensorView::contiguous(memory, dtype, {}, {DeviceType::kCuda, 0});
-  view.rank = static_cast<int32_t>(shape.size());
-  int64_t stride = 1;
-  for (int axis = view.rank - 1; axis >= 0; --axis) {
-    view.shape[axis] = shape[axis];
-    view.strides[axis] = stride;
-    stride *= shape[axis];
-  }
-  return view;
-}
 TensorView tensor(const TensorSpec& spec) {
-  return spec.present ? tensor(find_dtype(spec.dtype)->dtype, spec.shape) : TensorView{};
+  return spec.present ? device_tensor(find_dtype(spec.dtype)->dtype, spec.shape) : TensorView{};
 }
 
 cuda::Sm80RopeSpec kernel_of(const RopeRequest& request) {
@@ -56,7 +45,7 @@ cuda::Sm80RopeSpec kernel_of(const RopeRequest& request) {
 cuda::Sm80ActAndMulPlan plan_of(const ActAndMulRequest& request) {
   const ActAndMulProblem problem = validate(request);
   const TensorView x = tensor(request.operands[ActAndMulProblem::kX]);
-  return cuda::plan_sm80_act_and_mul(problem, {.x = x, .out = tensor(problem.dtype, problem.out_shape())});
+  return cuda::plan_sm80_act_and_mul(problem, {.x = x, .out = device_tensor(problem.dtype, problem.out_shape())});
 }
 
 ActAndMulRequest act_request(std::string_view dtype, int64_t rows, int64_t hidden) {
@@ -141,10 +130,10 @@ class Launching : public ::testing::Test {
 // The sums of the weight's gradient are those of the kernel before, all of which has to be there.
 TEST_F(Launching, TheWeightSumOfANormDoesNotOverlapWhatItSums) {
   RmsNormBackwardArgs args;
-  args.x = args.dout = args.dx = tensor(DType::kBFloat16, {64, 256});
-  args.weight = tensor(DType::kBFloat16, {256});
-  args.dweight = tensor(DType::kFloat32, {256});
-  args.workspace = tensor(DType::kFloat32, {rms_norm_backward_workspace_bytes(args) / 4});
+  args.x = args.dout = args.dx = device_tensor(DType::kBFloat16, {64, 256});
+  args.weight = device_tensor(DType::kBFloat16, {256});
+  args.dweight = device_tensor(DType::kFloat32, {256});
+  args.workspace = device_tensor(DType::kFloat32, {rms_norm_backward_workspace_bytes(args) / 4});
   rms_norm_backward(args);
   ASSERT_EQ(fake_driver().launches.size(), 2U);
   EXPECT_TRUE(fake_driver().launches[0].overlaps_previous);

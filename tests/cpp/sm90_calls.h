@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "device_tensor.h"
 #include "heed/heed.h"
 
 namespace heed::test {
@@ -27,24 +28,10 @@ inline AttentionOptions forced(Backend backend) {
   return options;
 }
 
-// Memory that nobody looks at.
-inline char* memory() {
-  static char bytes[4096];
-  return bytes + 256 - reinterpret_cast<uintptr_t>(bytes) % 256;
-}
-
-// Row-major; each tensor at an address of its own, `slot` times 64 bytes on.
+// Each tensor at an address of its own, `slot` times 64 bytes on.
 inline TensorView tensor(const Call& call, DType dtype, std::vector<int64_t> shape, int slot, bool has_lead = true) {
   if (has_lead) shape.insert(shape.begin(), call.lead.begin(), call.lead.end());
-  TensorView view = TensorView::contiguous(memory() + 64 * slot, dtype, {}, {DeviceType::kCuda, call.device});
-  view.rank = static_cast<int32_t>(shape.size());
-  int64_t stride = 1;
-  for (int axis = view.rank - 1; axis >= 0; --axis) {
-    view.shape[axis] = shape[axis];
-    view.strides[axis] = stride;
-    stride *= shape[axis];
-  }
-  return view;
+  return device_tensor(dtype, shape, call.device, memory() + 64 * slot);
 }
 
 inline AttentionForwardArgs args_of(const Call& call) {
