@@ -67,7 +67,8 @@ def flash_mha(
         return_lse: also return the log-sum-exp of the scores.
         deterministic: results and gradients are bitwise reproducible, or the call raises. Only gradients on a GPU are
             not in any case (see `flash_mha_bwd`).
-        backend: None chooses; "cpu", "sm80" or "sm90" forces a kernel family.
+        backend: None chooses; "cpu", "sm80" or "sm90" forces a kernel family, in gradients too, for which there is no
+            "sm90" yet.
 
     Returns:
         out `[batch, q_len, num_q_heads, head_dim_v]` in q's dtype, or `(out, lse)` with lse float32

@@ -81,7 +81,7 @@ def flash_mha_bwd(
         deterministic: results are bitwise reproducible, or the call raises. On the CPU they always are. On a GPU
             the default adds in whatever order blocks finish. PyTorch's `use_deterministic_algorithms(True)` turns
             it on as well.
-        backend: None chooses; "cpu", "sm80" or "sm90" forces a kernel family.
+        backend: None chooses; "cpu" or "sm80" forces a kernel family.
 
     Returns:
         `AttentionGradients(dq, dk, dv, dsinks, dalibi_slopes)`, arrays of the kind that was given. Gradients of k and v

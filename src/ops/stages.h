@@ -24,11 +24,13 @@ inline Target target_of(Device device) {
 
 // An op without a kernel of Hopper's own has its row already, so that a caller learns why it does not serve.
 template <class Problem>
-std::string sm90_declines(const Problem& /*problem*/, const Target& target) {
+std::string sm90_declines(const Problem& problem, const Target& target) {
   if (target.is_cpu || (target.sm != 0 && target.sm != 90)) {
     return "needs an NVIDIA Hopper GPU (sm_90a), and the target is " + target.name;
   }
-  return "this version of heed has no such kernel for Hopper alone";
+  std::string reason = "this version of heed has no such kernel for Hopper alone";
+  if (problem.asked_backend() == Backend::kSm90) reason += " (sm80, or no backend at all, serves Hopper too)";
+  return reason;
 }
 
 // The kernel that was chosen. Throws UnsupportedError with every candidate's reason if there is none.
