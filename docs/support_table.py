@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -171,6 +171,33 @@ OPS: dict[str, Iterable[OpCall]] = {
     ],
 }  # fmt: skip
 
+HOPPER = "sm90_attention_fwd"
+
+
+def _on_hopper(dim: int, dim_v: int | None = None, *, is_varlen: bool = False, **options: Any) -> Call:
+    return Call(head_dim=dim, head_dim_v=dim_v or dim, options=options, is_varlen=is_varlen)
+
+
+# Which of them a kernel of Hopper's own serves, forward. Options are those of head dim 128.
+BY_HOPPER: dict[str, Iterable[Call]] = {
+    "head dims 64, 80, 96, 128, 192, 256, and 192 with 128 of values": [
+        *(_on_hopper(dim) for dim in (64, 80, 96, 128, 192, 256)), _on_hopper(192, 128),
+    ],
+    "other head dims": [_on_hopper(dim) for dim in (32, 72, 160)],
+    "packed sequences": [_on_hopper(128, is_varlen=True)],
+    "grouped heads, causal masks, windows, sinks, log-sum-exp": [
+        replace(_on_hopper(128, **options), q_len=300, kv_len=500, kv_heads=2)
+        for options in (
+            {}, {"is_causal": True}, {"is_causal": True, "causal_align": "top_left"}, {"window_size": (64, 32)},
+            {"sinks": _PER_HEAD}, {"return_lse": True},
+        )
+    ],
+    "soft cap": [_on_hopper(128, softcap=30.0)],
+    "ALiBi": [_on_hopper(128, alibi_slopes=_PER_HEAD)],
+    "segment ids": [_on_hopper(128, segment_ids=_IDS)],
+    "a scale that is negative, 0 or extreme": [_on_hopper(128, softmax_scale=scale) for scale in (-1.0, 0.0, 1e-35)],
+}  # fmt: skip
+
 TABLES: dict[str, Mapping[str, Iterable[Call | OpCall]]] = {
     "`flash_mha` and its gradients": DENSE,
     "`flash_mha_varlen` and its gradients": VARLEN,
@@ -205,9 +232,21 @@ def _table(title: str, features: Mapping[str, Iterable[Call | OpCall]]) -> str:
     return "\n".join(lines)
 
 
+def _hopper_table() -> str:
+    """The forward calls that the kernel for Hopper serves on sm_90a."""
+    lines = [f"| served on `sm_90a` by `{HOPPER}` | |", "| --- | --- |"]
+    for feature, calls in BY_HOPPER.items():
+        every = list(calls)
+        served = [
+            dtype for dtype in DTYPES if all(call.explain(dtype, "sm_90a", False).chosen == HOPPER for call in every)
+        ]
+        lines.append(f"| {feature} | {', '.join(served) or 'no'} |")
+    return "\n".join(lines)
+
+
 def table() -> str:
     """All tables in Markdown."""
-    return "\n\n".join(_table(title, features) for title, features in TABLES.items())
+    return "\n\n".join([*(_table(title, features) for title, features in TABLES.items()), _hopper_table()])
 
 
 def _rewritten(text: str, block: str) -> str:

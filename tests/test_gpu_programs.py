@@ -77,8 +77,6 @@ def command_buffer_dump(folder: Path) -> str:
 def require_hopper() -> None:
     if str(gpu_devices()[0].compute_capability) != "9.0":
         pytest.skip("this is no Hopper GPU")
-    if os.environ.get("HEED_EXPERIMENTAL") != "sm90":
-        pytest.skip("needs HEED_EXPERIMENTAL=sm90")
 
 
 @pytest.mark.parametrize("case", ["command_buffer", "command_buffer_sm90"])

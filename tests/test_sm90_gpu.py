@@ -1,9 +1,8 @@
 """The Hopper attention forward kernel on a Hopper GPU, asked for by name: right results, whatever it is given.
 
-Run with HEED_EXPERIMENTAL=sm90: else every call is declined, and the tests are skipped. Results are judged against the
-float64 oracle and against the portable kernel. How it is called (layouts, streams, graphs, JAX) is in
-test_sm90_gpu_calls.py; the same kernel also serves the conformance tests of the other files where it is the automatic
-choice.
+Results are judged against the float64 oracle and against the portable kernel. How it is called (layouts, streams,
+graphs, JAX) is in test_sm90_gpu_calls.py; the same kernel also serves the conformance tests of the other files, where
+it is the automatic choice.
 """
 
 from __future__ import annotations

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -14,7 +13,6 @@ import pytest
 from jax.sharding import AxisType
 
 import heed
-from heed import _attention, _attention_bwd, _problem
 from heed._arrays import DLPackOps
 from heed._lib import function
 from heed._problem import AttentionStatics, attention_text, resolve_attention
@@ -34,39 +32,7 @@ def explain(q: Any, kv: Any = None, *, target: str = "sm_90a", **options: Any) -
     return heed.explain(heed.flash_mha, q, kv, kv, target=target, **options)
 
 
-def forget() -> None:
-    """What was resolved and traced before: heed reads its environment once for each problem."""
-    jax.clear_caches()
-    for module in (_problem, _attention, _attention_bwd):
-        for name in ("resolve_attention", "resolve_op", "_resolved"):
-            if hasattr(module, name):
-                getattr(module, name).cache_clear()
-
-
-@pytest.fixture(autouse=True)
-def enabled(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setenv("HEED_EXPERIMENTAL", "sm90")
-    forget()
-    yield
-    forget()
-
-
 # heed.explain.
-
-
-@pytest.mark.parametrize("value", [None, "", "sm100"])
-@pytest.mark.parametrize("backend", [None, "sm90"])
-def test_it_serves_only_where_it_is_asked_for(
-    value: str | None, backend: str | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if value is None:
-        monkeypatch.delenv("HEED_EXPERIMENTAL")
-    else:
-        monkeypatch.setenv("HEED_EXPERIMENTAL", value)
-    forget()
-    answer = explain(rows(4, 4096, 32, 128), backend=backend)
-    assert answer.chosen == (None if backend else SM80) and answer.workspace_bytes == 0
-    assert "is in development" in answer.reasons[SM90] and "HEED_EXPERIMENTAL=sm90" in answer.reasons[SM90]
 
 
 def test_hopper_gets_its_own_kernel() -> None:
@@ -104,6 +70,28 @@ def test_either_can_be_asked_for() -> None:
     q = rows(4, 4096, 32, 128)
     assert explain(q, backend="sm80").chosen == SM80
     assert explain(q, backend="sm90").chosen == SM90
+
+
+@pytest.mark.parametrize(
+    ("dim", "dim_v"), [(64, 64), (80, 80), (96, 96), (128, 128), (192, 128), (192, 192), (256, 256)]
+)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"is_causal": True, "causal_align": "top_left"},
+        {"window_size": (64, 32)},
+        {"softcap": 30.0},
+        {"sinks": rows(8, dtype=jnp.float32), "alibi_slopes": rows(8, dtype=jnp.float32)},
+        {"segment_ids": (rows(2, 100, dtype=jnp.int32), rows(2, 300, dtype=jnp.int32))},
+        {"softmax_scale": -1.0, "return_lse": True},
+    ],
+    ids=lambda options: "_".join(options) or "plain",
+)
+def test_what_it_serves(dim: int, dim_v: int, options: dict[str, Any]) -> None:
+    for dtype in (jnp.bfloat16, jnp.float16):
+        q, k, v = (rows(2, *shape, dtype=dtype) for shape in ((100, 8, dim), (300, 2, dim), (300, 2, dim_v)))
+        assert heed.explain(heed.flash_mha, q, k, v, target="sm_90a", **options).chosen == SM90
 
 
 def test_few_tiles_need_no_counter() -> None:
@@ -162,6 +150,20 @@ def test_mapped_calls() -> None:
 def test_the_forward_pass_of_a_gradient() -> None:
     loss = jax.jit(jax.grad(lambda q: heed.flash_mha(q, q, q).astype(jnp.float32).sum())).trace(LARGE)
     assert results_of(loss, "cuda").endswith(", tensor<2x8x4xf32>)")
+
+
+def test_a_gradient_by_name_has_no_kernel_yet() -> None:
+    """A backend that is asked for is never exchanged for another one, and says what would serve."""
+    traced = jax.jit(lambda q: heed.flash_mha(q, q, q, backend="sm90")).trace(LARGE)
+    assert results_of(traced, "cuda").endswith(", tensor<2x8x4xf32>)")
+    loss = jax.jit(jax.grad(lambda q: heed.flash_mha(q, q, q, backend="sm90").astype(jnp.float32).sum()))
+    with pytest.raises(heed.UnsupportedError, match="no kernel serves this call on target cuda") as caught:
+        loss.trace(LARGE).lower(lowering_platforms=("cuda",))
+    assert caught.value.reasons["sm90_attention_bwd"].endswith("(sm80, or no backend at all, serves Hopper too)")
+    lse = rows(2, 8, 1024, dtype=jnp.float32)
+    answer = heed.explain(heed.flash_mha_bwd, LARGE, LARGE, LARGE, LARGE, LARGE, lse, target="sm_90a")
+    assert answer.chosen == "sm80_attention_bwd"
+    assert answer.reasons["sm90_attention_bwd"] == "this version of heed has no such kernel for Hopper alone"
 
 
 # Calls with a workspace and without.

@@ -3,7 +3,6 @@
 #include "cuda/sm90_attention_fwd.h"
 
 #include <algorithm>
-#include <array>
 #include <atomic>
 #include <cstdint>
 #include <limits>
@@ -13,7 +12,6 @@
 
 #include "core/dtype.h"
 #include "cuda/attention_host.h"
-#include "cuda/jit/log.h"
 #include "cuda/sm80_attention_fwd.h"
 #include "cuda/sm90_attention_fwd_spec.h"
 #include "cuda/tensor_map_host.h"
@@ -97,9 +95,6 @@ double num_tiles_in_all(const AttentionProblem& problem) {
          static_cast<double>(problem.num_heads_in_all());
 }
 
-// Until it has passed all its tests on a GPU (docs/kernel-notes.md).
-bool is_enabled() { return environment("HEED_EXPERIMENTAL") == "sm90"; }
-
 // What the kernel cannot do.
 std::string cannot_serve(const AttentionProblem& problem) {
   if (problem.dtype == DType::kFloat32) return "multiplies bfloat16 and float16, and this call has float32";
@@ -121,14 +116,6 @@ std::string cannot_serve(const AttentionProblem& problem) {
   }
   return "";
 }
-
-// Problems that it could serve, and that another kernel serves faster: each with what was measured. They go to this
-// kernel if it is asked for by name.
-struct Slower {
-  bool (*is_so)(const AttentionProblem& problem);
-  std::string_view reason;
-};
-constexpr std::array<Slower, 0> kSlower = {};
 
 // The order of dense tiles under a one-sided mask, where some are longer than others. A section is a few heads, whose K
 // and V stay in L2, from its longest tiles to its shortest ones. Short sequences: small sections mix long tiles with
@@ -239,17 +226,8 @@ std::string sm90_attention_fwd_declines(const AttentionProblem& problem, const T
   if (target.is_cpu || (target.sm != 0 && target.sm != 90)) {
     return "needs an NVIDIA Hopper GPU (sm_90a), and the target is " + target.name;
   }
-  if (!is_enabled()) {
-    return "is in development, has given wrong rows in batches of short sequences, and serves only where "
-           "HEED_EXPERIMENTAL=sm90 is set";
-  }
-  std::string reason = gpu_attention_declines(problem, target);
-  if (reason.empty()) reason = cannot_serve(problem);
-  if (!reason.empty() || problem.backend != Backend::kAuto) return reason;
-  for (const Slower& slower : kSlower) {
-    if (slower.is_so(problem)) return std::string(slower.reason);
-  }
-  return "";
+  const std::string reason = gpu_attention_declines(problem, target);
+  return reason.empty() ? cannot_serve(problem) : reason;
 }
 
 int64_t sm90_attention_fwd_workspace(const AttentionProblem& problem) {

@@ -81,7 +81,6 @@ class Sm90AttentionFwdHostTest : public ::testing::Test {
     std::string name = (std::filesystem::temp_directory_path() / "heed-sm90-test-XXXXXX").string();
     ASSERT_NE(mkdtemp(name.data()), nullptr);
     setenv("HEED_CACHE_DIR", name.c_str(), 1);
-    setenv("HEED_EXPERIMENTAL", "sm90", 1);
   }
   static void TearDownTestSuite() { std::filesystem::remove_all(getenv("HEED_CACHE_DIR")); }
   void SetUp() override {

@@ -2,7 +2,6 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
-#include <cstdlib>
 #include <functional>
 #include <string>
 #include <vector>
@@ -36,20 +35,7 @@ AttentionFwdResolution resolution_of(const Call& call, const std::string& target
 
 std::string reason_of(const AttentionFwdResolution& resolution) { return resolution.candidates[0].reason; }
 
-class Sm90AttentionFwdResolve : public ::testing::Test {
- protected:
-  void SetUp() override { setenv("HEED_EXPERIMENTAL", "sm90", 1); }
-};
-
-TEST_F(Sm90AttentionFwdResolve, ServesOnlyWhereItIsAskedFor) {
-  unsetenv("HEED_EXPERIMENTAL");
-  EXPECT_EQ(resolution_of({}).chosen->name, "sm80_attention_fwd");
-  EXPECT_EQ(resolution_of({}).workspace_bytes, 0);
-  EXPECT_EQ(resolution_of({.options = forced(Backend::kSm90)}).chosen, nullptr);
-  EXPECT_NE(reason_of(resolution_of({})).find("HEED_EXPERIMENTAL=sm90"), std::string::npos);
-}
-
-TEST_F(Sm90AttentionFwdResolve, ComesFirstOnHopper) {
+TEST(Sm90AttentionFwdResolve, ComesFirstOnHopper) {
   for (const char* target : {"sm_90a", "cuda"}) {
     const AttentionFwdResolution resolution = resolution_of({}, target);
     ASSERT_NE(resolution.chosen, nullptr);
@@ -62,14 +48,14 @@ TEST_F(Sm90AttentionFwdResolve, ComesFirstOnHopper) {
   EXPECT_EQ(resolution_of({.options = forced(Backend::kSm80)}).chosen->name, "sm80_attention_fwd");
 }
 
-TEST_F(Sm90AttentionFwdResolve, DeclinesOtherTargets) {
+TEST(Sm90AttentionFwdResolve, DeclinesOtherTargets) {
   for (const char* target : {"cpu", "sm_75", "sm_80", "sm_89", "sm_100"}) {
     EXPECT_EQ(reason_of(resolution_of({}, target)),
               "needs an NVIDIA Hopper GPU (sm_90a), and the target is " + std::string(target));
   }
 }
 
-TEST_F(Sm90AttentionFwdResolve, DeclinesWhatItCannotDo) {
+TEST(Sm90AttentionFwdResolve, DeclinesWhatItCannotDo) {
   const auto expect = [](const Call& call, const std::string& reason) {
     const AttentionFwdResolution resolution = resolution_of(call);
     EXPECT_EQ(reason_of(resolution), reason);
@@ -87,7 +73,7 @@ TEST_F(Sm90AttentionFwdResolve, DeclinesWhatItCannotDo) {
   EXPECT_EQ(resolution_of({.lead = {1}, .is_varlen = true}).chosen->name, "sm90_attention_fwd");
 }
 
-TEST_F(Sm90AttentionFwdResolve, DeclinesOperandsThatArePartlyShared) {
+TEST(Sm90AttentionFwdResolve, DeclinesOperandsThatArePartlyShared) {
   const auto resolution = [](const Call& call, int index) {
     return resolution_of(call, "sm_90a", [&](AttentionRequest& request) { request.operands[index].shape[0] = 1; });
   };
@@ -106,13 +92,13 @@ TEST_F(Sm90AttentionFwdResolve, DeclinesOperandsThatArePartlyShared) {
   }
 }
 
-TEST_F(Sm90AttentionFwdResolve, DeclinesMoreTilesThanItCounts) {
+TEST(Sm90AttentionFwdResolve, DeclinesMoreTilesThanItCounts) {
   EXPECT_EQ(reason_of(resolution_of({.batch = 1 << 20, .q_len = 1, .num_q_heads = 2047, .num_kv_heads = 2047})), "");
   EXPECT_EQ(reason_of(resolution_of({.batch = 1 << 20, .q_len = 1, .num_q_heads = 2048, .num_kv_heads = 2048})),
             "counts up to 2^31 - 1 tiles of query rows, and this call has more");
 }
 
-TEST_F(Sm90AttentionFwdResolve, AWorkspaceForMoreTilesThanAFew) {
+TEST(Sm90AttentionFwdResolve, AWorkspaceForMoreTilesThanAFew) {
   EXPECT_EQ(resolution_of({}).workspace_bytes, 16 * 3 * 8);
   EXPECT_EQ(resolution_of({.lead = {5}}).workspace_bytes, 5 * 16 * 3 * 8);
   EXPECT_EQ(resolution_of({.is_varlen = true}).workspace_bytes, 16 * 8);
@@ -122,7 +108,7 @@ TEST_F(Sm90AttentionFwdResolve, AWorkspaceForMoreTilesThanAFew) {
   EXPECT_EQ(resolution_of({.head_dim = 72, .head_dim_v = 72}).workspace_bytes, 0);
 }
 
-TEST_F(Sm90AttentionFwdResolve, IsListedAheadOfTimeForHopperAlone) {
+TEST(Sm90AttentionFwdResolve, IsListedAheadOfTimeForHopperAlone) {
   const auto count = [](const char* arch, const std::string& family) {
     const std::vector<cuda::KernelSpec> list = cuda::ahead_of_time_list(arch);
     return std::count_if(list.begin(), list.end(), [&](const auto& spec) { return spec.family == family; });

@@ -166,18 +166,8 @@ TEST_F(XlaHandlerWithKernel, ExecuteAsksTheDriverForOneLaunchAndNothingElse) {
   }
 }
 
-// With the kernel for Hopper, which is asked for in the environment.
-class XlaHandlerOnHopper : public XlaHandlerWithKernel {
- protected:
-  void SetUp() override {
-    setenv("HEED_EXPERIMENTAL", "sm90", 1);
-    XlaHandlerWithKernel::SetUp();
-  }
-  void TearDown() override { unsetenv("HEED_EXPERIMENTAL"); }
-};
-
-// It needs its tensor maps too, which are made on the host.
-TEST_F(XlaHandlerOnHopper, ExecuteMakesMapsAndLaunches) {
+// The kernel for Hopper needs its tensor maps too, which are made on the host.
+TEST_F(XlaHandlerWithKernel, ExecuteOnHopperMakesMapsAndLaunches) {
   const auto call = make_call(problem_text("3,1024,8,128"), 0, 4711);
   ASSERT_EQ(call->results().size(), 3U);
   const heed::test::XlaCall::Tensor& workspace = *call->results().back();
@@ -196,7 +186,7 @@ TEST_F(XlaHandlerOnHopper, ExecuteMakesMapsAndLaunches) {
 }
 
 // An executable may come from a version of heed that had no use for one, or be made for other GPUs.
-TEST_F(XlaHandlerOnHopper, ForwardRunsWithoutItsWorkspaceAndRefusesAWrongOne) {
+TEST_F(XlaHandlerWithKernel, ForwardRunsWithoutItsWorkspaceAndRefusesAWrongOne) {
   const auto call = make_call(problem_text("3,1024,8,128"));
   heed::xla::CallFrame& frame = call->frame(heed::xla::kExecute);
   heed::test::XlaCall::Tensor& workspace = *call->results().back();
