@@ -39,11 +39,12 @@ Sm90AttentionFwdSpec make_spec(const AttentionProblem& problem) {
   spec.head_dim_qk = static_cast<int>(problem.head_dim_qk);
   spec.head_dim_v = static_cast<int>(problem.head_dim_v);
   spec.is_varlen = problem.is_varlen;
-  spec.has_mask = problem.window_left >= 0 || problem.window_right >= 0;
   spec.has_segment_ids = problem.has_segment_ids;
   spec.has_softcap = caps_scores(problem);
   spec.has_alibi = problem.has_alibi;
   spec.scales_first = scales_first(problem);
+  // Without a mask, scores that are transformed would spill at head dim 128; with one that hides nothing they do not.
+  spec.has_mask = problem.window_left >= 0 || problem.window_right >= 0 || spec.has_score_transform();
   return spec;
 }
 
@@ -286,7 +287,7 @@ std::vector<KernelSpec> sm90_attention_fwd_common_specs() {
       spec.is_varlen = is_varlen;
       spec.has_mask = has_mask;
       (change(spec), ...);
-      if (spec.has_softcap && !has_mask) continue;  // models that cap their scores are causal
+      if (spec.has_score_transform() && !has_mask) continue;  // no call has it: make_spec
       if (has_tile(spec.head_dim_qk, spec.head_dim_v)) specs.push_back(to_kernel_spec(spec));
     }
   };
@@ -298,6 +299,9 @@ std::vector<KernelSpec> sm90_attention_fwd_common_specs() {
   }
   for (const int head_dim : {80, 96, 192, 256}) add(Element::kBFloat16, head_dim, false);
   add(Element::kBFloat16, 192, false, [](Sm90AttentionFwdSpec& spec) { spec.head_dim_v = 128; });
+  for (const int head_dim : {64, 128}) {
+    add(Element::kBFloat16, head_dim, false, [](Sm90AttentionFwdSpec& spec) { spec.has_segment_ids = true; });
+  }
   for (const int head_dim : {64, 128, 256}) {
     add(Element::kBFloat16, head_dim, false, [](Sm90AttentionFwdSpec& spec) { spec.has_softcap = true; });
   }

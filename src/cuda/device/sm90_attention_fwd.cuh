@@ -479,9 +479,12 @@ struct Sm90AttentionFwd {
       release(k.free());
       if (!kHasQInRegisters && is_last) release(Load::q_free());
     };
-    const auto load_key_ids = [&] {
+    const auto load_ids = [&](bool is_first) {
       if constexpr (kSpec.has_segment_ids) {
         const Task& task = Load::task(number);
+        if (is_first) {
+          ids.load_rows(task.q_segment_ids, params.q_segment_ids.token, Lane().tile_row, task.rows_left);
+        }
         ids.load_keys(task.kv_segment_ids, params.kv_segment_ids.token, step * kKvRows, task.kv_len);
       }
     };
@@ -506,10 +509,6 @@ struct Sm90AttentionFwd {
       if (steps.begin == steps.end) return false;
       step = steps.begin;
       load_q(q_from, q);
-      if constexpr (kSpec.has_segment_ids) {
-        const Task& task = Load::task(n);
-        ids.load_rows(task.q_segment_ids, params.q_segment_ids.token, Lane().tile_row, task.rows_left);
-      }
       return true;
     };
     // Once the first product has been issued, Q is in registers. Reads that have only been issued may come later than a
@@ -556,13 +555,13 @@ struct Sm90AttentionFwd {
       return;
     }
     {
-      load_key_ids();
       ptx::mbarrier_wait(ring.full(), ring.phase);
       ptx::wgmma_fence();
       const Ring k = ring;
       multiply_qk(q, q_tile, k.tile(), scores);
       ptx::wgmma_commit();
       release_q();
+      load_ids(true);
       const Steps full = in_full();
       ring.advance();
       ptx::wgmma_wait<0>(scores);
@@ -587,7 +586,6 @@ struct Sm90AttentionFwd {
       } else {
         ++step;
       }
-      load_key_ids();
       ptx::mbarrier_wait(ring.full(), ring.phase);
       ptx::wgmma_fence();
       const Ring k = ring;
@@ -603,6 +601,7 @@ struct Sm90AttentionFwd {
         release_q();
         close_rows(Lane(), params, Load::task(number - 1), rows, factor, lse);
       }
+      load_ids(is_first);
       if constexpr (kIsUpToDate) {
         ptx::wgmma_wait<0>(scores, out);  // what happens to scores takes the registers of the probabilities
       } else {

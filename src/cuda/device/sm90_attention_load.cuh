@@ -383,17 +383,17 @@ struct Sm90AttentionLoad {
       ptx::mbarrier_wait(task_stored(number), number / kNumTasks & 1);
       const Task& stored = task(number);
       if (stored.steps.begin == stored.steps.end) return;
-      const int mender = ptx::thread_index() / 32 % kNumMenders;
 #pragma unroll 1
-      for (int warp = 0; warp < kNumConsumers * 4; ++warp) {
+      for (int row = 0; row < kQRows; ++row) {
+        // From the counter rather than from loops within loops: a register that lived as long would be spilled.
+        const int warp = row / 16, mender = ptx::thread_index() / 32 % kNumMenders;
         const bool is_mine = kMendersSplitRows || warp % kNumMenders == mender;
-        if (!is_mine || !stored.is_left[warp]) continue;
-        const int end = min(warp * 16 + 16, stored.rows_left);
-#pragma unroll 1
-        for (int row = warp * 16; row < end; ++row) {
-          attend_row<kSpec>(params, stored.work, stored.work.q_begin + row,
-                            kMendersSplitRows ? mender * kColumnsAtOnce<kSpec> : 0);
+        if (!is_mine || !stored.is_left[warp] || row >= stored.rows_left) {
+          row |= 15;
+          continue;
         }
+        attend_row<kSpec>(params, stored.work, stored.work.q_begin + row,
+                          kMendersSplitRows ? mender * kColumnsAtOnce<kSpec> : 0);
       }
       __syncwarp();
       if ((ptx::thread_index() & 31) == 0) ptx::mbarrier_arrive(task_done(number));
