@@ -161,6 +161,7 @@ struct Case {
   Layout layout = Layout::kContiguous;
   double gain = 1.0;  // of the queries
   std::function<void(Tensor& q, Tensor& k, Tensor& v)> edit{};
+  std::vector<double> sinks{};  // of the first heads, where they are not drawn at random
 };
 
 struct Inputs {
@@ -184,6 +185,7 @@ inline Inputs make_inputs(const Case& c) {
   if (c.has_sinks) {
     in.sinks = Tensor(DType::kFloat32, {c.num_q_heads});
     fill(in.sinks, 3.0);
+    for (size_t h = 0; h < c.sinks.size(); ++h) in.sinks.set(static_cast<int64_t>(h), c.sinks[h]);
   }
   if (c.has_alibi) {
     in.slopes = Tensor(DType::kFloat32, {c.num_q_heads});
