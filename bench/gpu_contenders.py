@@ -26,12 +26,15 @@ Run = Callable[[], Any]
 TOKENS = (512, 1024, 2048, 4096, 8192, 16384)
 OTHER_TOKENS = (1024, 4096, 16384)  # of the other head dims and groups
 SHORT_TOKENS = (64, 128, 256)
-BATCH_TOKENS = 16384  # batch x tokens of every dense row
+FEW_QUERIES, FEW_KEYS = 16, 8192  # of a sequence: one that is continued by a few tokens
+BATCH_TOKENS = 16384  # batch x tokens of every dense row but those
 
 
 @dataclass(frozen=True)
 class Row:
-    """One dense shape: sequences of `tokens`, as many as make BATCH_TOKENS. `window` tokens to the left, or -1."""
+    """One dense shape: sequences of `tokens`, as many as make BATCH_TOKENS. `window` tokens to the left, or -1.
+    `query_tokens`: rows of queries of each sequence, if they are not as many.
+    """
 
     group: str
     tokens: int
@@ -41,6 +44,11 @@ class Row:
     is_causal: bool
     window: int = -1
     batch_tokens: int = BATCH_TOKENS
+    query_tokens: int | None = None
+
+    @property
+    def num_queries(self) -> int:
+        return self.tokens if self.query_tokens is None else self.query_tokens
 
     @property
     def batch(self) -> int:
@@ -50,13 +58,14 @@ class Row:
     def label(self) -> str:
         kind = "causal" if self.is_causal else "full"
         kind += f" window {self.window}" if self.window >= 0 else ""
-        return f"D {self.head_dim}, {self.q_heads}/{self.kv_heads}, S {self.tokens} {kind}"
+        few = "" if self.query_tokens is None else f"{self.batch} x {self.query_tokens} queries, "
+        return f"D {self.head_dim}, {self.q_heads}/{self.kv_heads}, {few}S {self.tokens} {kind}"
 
     @property
     def flops(self) -> float:
         """4 B H D per kept query-key pair; a causal mask counts as half of all pairs, a window by its pairs."""
         s = self.tokens
-        pairs = s * s / 2 if self.is_causal else s * s
+        pairs = s * s / 2 if self.is_causal else self.num_queries * s
         if self.window >= 0:
             pairs = _kept_pairs(s, self.window)
         return 4.0 * self.batch * pairs * self.q_heads * self.head_dim
@@ -88,6 +97,11 @@ def dense_rows(is_quick: bool) -> list[Row]:
     rows += [Row("window", s, 32, 8, 128, True, window) for s, window in windows]
     short_tokens = (128,) if is_quick else SHORT_TOKENS
     rows += [Row("short", s, 16, 16, 128, causal) for causal in both for s in short_tokens]
+    few_rows = ((8, 32),) if is_quick else ((8, 32), (32, 32), (8, 64), (32, 64))
+    rows += [
+        Row("few", FEW_KEYS, q_heads, 8, 128, False, batch_tokens=batch * FEW_KEYS, query_tokens=FEW_QUERIES)
+        for batch, q_heads in few_rows
+    ]
     return rows
 
 
@@ -123,10 +137,10 @@ def make_inputs(row: Row, device: str) -> Inputs:
 
     torch.manual_seed(row.tokens)
 
-    def draw(heads: int) -> Any:
-        return torch.randn(row.batch, row.tokens, heads, row.head_dim, device=device, dtype=torch.bfloat16)
+    def draw(tokens: int, heads: int) -> Any:
+        return torch.randn(row.batch, tokens, heads, row.head_dim, device=device, dtype=torch.bfloat16)
 
-    return Inputs(draw(row.q_heads), draw(row.kv_heads), draw(row.kv_heads))
+    return Inputs(draw(row.num_queries, row.q_heads), draw(row.tokens, row.kv_heads), draw(row.tokens, row.kv_heads))
 
 
 def make_packed_inputs(row: PackedRow, device: str) -> Inputs:
@@ -221,6 +235,7 @@ CONTENDERS: Mapping[str, Mapping[str, Callable[[Row, Inputs], Run]]] = {
     "gqa": {**_HEED, "heed MHA": heed_mha_call, **_SDPA},
     "window": {**_HEED, "heed full causal": heed_full_causal_call, "fa2": fa2_window_call},
     "short": {**_HEED, **_SDPA},
+    "few": {**_HEED, **_SDPA},
 }
 
 # Pauses take most of a run's time: outside of D 128, those pause that a target speaks of.
@@ -243,7 +258,7 @@ def wrong_result(row: Row, x: Inputs, out: Any, num_rows: int = 64) -> str | Non
     group = row.q_heads // row.kv_heads
     found, oracle, naive = [], [], []
     for _ in range(num_rows):
-        b, i, h = (int(rng.integers(size)) for size in (row.batch, row.tokens, row.q_heads))
+        b, i, h = (int(rng.integers(size)) for size in (row.batch, row.num_queries, row.q_heads))
         first = max(0, i - row.window) if row.window >= 0 else 0
         last = i + 1 if row.is_causal else row.tokens
         q, k, v = x.q[b, i, h], x.k[b, first:last, h // group], x.v[b, first:last, h // group]

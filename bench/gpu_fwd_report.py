@@ -241,6 +241,8 @@ def dense_label(row: Result) -> str:
     """The row, and which kernel heed chose."""
     window = f" window {row['window']}" if row.get("window", -1) >= 0 else ""
     kernel = f" ({row['kernel'].partition('_')[0]})" if row.get("kernel") else ""
+    if row["group"] == "few":
+        return row["label"].partition(", ")[2] + kernel
     return f"S {row['tokens']} {'causal' if row['is_causal'] else 'full'}{window}{kernel}"
 
 

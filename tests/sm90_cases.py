@@ -133,7 +133,28 @@ def _many_tiles() -> list[Spec]:
     ]
 
 
-NAMED: list[Spec] = [*_every_spec_at_128(), *_at_every_head_dim(), *_many_tiles()]
+def _few_rows() -> list[Spec]:
+    """Few rows of groups of heads, in more heads than any GPU has multiprocessors: up to 16 heads share a tile, if that
+    power of two divides the group.
+    """
+    specs: list[Spec] = []
+    for i, q_len in enumerate((1, 3, 16, 33)):
+        for j, group in enumerate((2, 3, 4, 6, 8, 16)):
+            qk, v = ((128, 128), (64, 64), (256, 256), (192, 128))[(i + j) % 4]
+            options: dict[str, Any] = {
+                "batch": 160 // group + 1, "q_len": q_len, "kv_len": 150 + 10 * i + j, "num_q_heads": 2 * group,
+                "num_kv_heads": 2, "head_dim_qk": qk, "head_dim_v": v, "sinks": j % 3 == 2,
+                "dtype": "float16" if qk == v == 128 and i % 2 == 1 else "bfloat16",
+            }  # fmt: skip
+            mask: dict[str, Any] = {"is_causal": True, "causal_align": ("bottom_right", "top_left")[i % 2]}
+            if j % 2 == 1:
+                mask = {"window_size": (40, 2)}
+            specs.append(AttentionSpec(f"few_rows_{q_len}_group_{group}", **options))
+            specs.append(AttentionSpec(f"few_rows_{q_len}_group_{group}_masked", **options, **mask))
+    return specs
+
+
+NAMED: list[Spec] = [*_every_spec_at_128(), *_at_every_head_dim(), *_many_tiles(), *_few_rows()]
 NAMED_BY_NAME: dict[str, Spec] = {spec.name: spec for spec in NAMED}
 assert len(NAMED_BY_NAME) == len(NAMED), "spec names must be unique"
 

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cmath>
 #include <cstdint>
 #include <limits>
 #include <mutex>
@@ -33,6 +34,30 @@ struct HeadDims {
 };
 constexpr HeadDims kHeadDims[] = {{64, 64}, {80, 80}, {96, 96}, {128, 128}, {192, 128}, {192, 192}, {256, 256}};
 
+// How many heads of a group share a tile, as an exponent of 2. A wave of tiles, one on each multiprocessor, takes about
+// as long whatever number of their rows are there: packs of heads pay where they make fewer waves, not where they leave
+// multiprocessors idle. Among packs that make as many, the fewest tiles read the least.
+int head_shift_of(const AttentionProblem& problem, int64_t q_rows) {
+  constexpr int64_t kMultiprocessors = 132;
+  const bool can_pack = !problem.is_varlen && !problem.has_segment_ids && !problem.has_alibi;
+  if (!can_pack || problem.q_len > q_rows / 2 || problem.num_kv_heads == 0) return 0;
+  const int64_t group = problem.num_q_heads / problem.num_kv_heads;
+  int best = 0;
+  double least_waves = 0.0, least_tiles = 0.0;
+  for (int shift = 0; 1 << shift <= kMostPackedHeads && group % (1 << shift) == 0; ++shift) {
+    const int64_t num_tiles_of_pack = num_row_tiles(problem, problem.q_len << shift, q_rows);
+    const double num_tiles =
+        static_cast<double>(problem.num_heads_in_all() >> shift) * static_cast<double>(num_tiles_of_pack);
+    const double num_waves = std::ceil(num_tiles / kMultiprocessors);
+    const bool pays = num_waves < least_waves || (best > 0 && num_waves == least_waves && num_tiles < least_tiles);
+    if (shift > 0 && !pays) continue;
+    best = shift;
+    least_waves = num_waves;
+    least_tiles = num_tiles;
+  }
+  return best;
+}
+
 Sm90AttentionFwdSpec make_spec(const AttentionProblem& problem) {
   Sm90AttentionFwdSpec spec;
   spec.element = element_of(problem.dtype);
@@ -58,6 +83,7 @@ KernelSpec to_kernel_spec(const Sm90AttentionFwdSpec& spec) {
                                     .flag("has_softcap", spec.has_softcap)
                                     .flag("has_alibi", spec.has_alibi)
                                     .flag("scales_first", spec.scales_first)
+                                    .flag("packs_heads", spec.packs_heads)
                                     .str()};
 }
 
@@ -118,24 +144,35 @@ std::string cannot_serve(const AttentionProblem& problem) {
   return "";
 }
 
-// The order of dense tiles under a one-sided mask, where some are longer than others. A section is a few heads, whose K
-// and V stay in L2, from its longest tiles to its shortest ones. Short sequences: small sections mix long tiles with
-// short ones, and the last heads are one section, so that the last tiles of all are short (docs/kernel-notes.md).
+// The order of dense tiles under a mask. One-sided, some are longer than others: a section is a few heads, whose K and
+// V stay in L2, from its longest tiles to its shortest ones. Short sequences: small sections mix long tiles with short
+// ones, and the last heads, as many as stay in L2, are one section, so that the last tiles of all are short. A window
+// moves on: tiles of all heads at one place read the same few keys (docs/kernel-notes.md).
 struct TileOrder {
   int64_t section_heads = 1, tail_heads = 0;
 };
 
 TileOrder order_of(const AttentionProblem& problem, int64_t num_heads, int q_rows) {
-  if (problem.is_varlen || problem.window_right < 0 || problem.window_left >= 0) return {};
+  if (problem.is_varlen || problem.window_right < 0) return {};
   constexpr int64_t kSectionBytes = int64_t{32} << 20, kTailTiles = 512, kMostTailHeads = 64, kMostTailTiles = 16;
+  const bool is_window = problem.window_left >= 0;
   const int64_t num_tiles = num_row_tiles(problem, problem.q_len, q_rows);
   const int64_t group = problem.num_q_heads / std::max<int64_t>(problem.num_kv_heads, 1);
-  const int64_t kv_bytes = problem.kv_len * (problem.head_dim_qk + problem.head_dim_v) * info(problem.dtype).size_bytes;
-  const int64_t fitting = kSectionBytes / std::max<int64_t>(kv_bytes / std::max<int64_t>(group, 1), 1);
+  const int64_t num_keys = is_window
+                               ? std::min(problem.kv_len, std::min(problem.window_left, problem.kv_len) +
+                                                              std::min(problem.window_right, problem.kv_len) + q_rows)
+                               : problem.kv_len;
+  const int64_t kv_bytes = num_keys * (problem.head_dim_qk + problem.head_dim_v) * info(problem.dtype).size_bytes;
+  const int64_t fitting =
+      std::max<int64_t>(kSectionBytes / std::max<int64_t>(kv_bytes / std::max<int64_t>(group, 1), 1), 1);
   TileOrder order;
+  if (is_window) {
+    order.section_heads = std::clamp<int64_t>(problem.num_q_heads, 1, fitting);
+    return order;
+  }
   order.section_heads = std::clamp<int64_t>(num_tiles <= 4 ? 1 : std::min(num_tiles / 2, fitting), 1, num_heads);
   if (num_tiles > 0 && num_tiles <= kMostTailTiles) {
-    order.tail_heads = std::min({kMostTailHeads, kTailTiles / num_tiles, num_heads});
+    order.tail_heads = std::min({kMostTailHeads, kTailTiles / num_tiles, fitting, num_heads});
   }
   return order;
 }
@@ -193,10 +230,12 @@ NamedMisfit make_maps(Sm90AttentionFwdParams& params, const AttentionProblem& pr
     const DeviceOperand& operand;
     int64_t num_tokens, num_heads, head_dim;
     int box_rows;
+    int64_t packed_heads = 1;
   };
+  const int64_t packed = int64_t{1} << params.head_shift;
   const Row rows[] = {
-      {"q", params.q_map, params.q, problem.q_len, problem.num_q_heads, problem.head_dim_qk, kQBoxRows},
-      {"out", params.out_map, params.out, problem.q_len, problem.num_q_heads, problem.head_dim_v, kOutBoxRows},
+      {"q", params.q_map, params.q, problem.q_len, problem.num_q_heads, problem.head_dim_qk, kQBoxRows, packed},
+      {"out", params.out_map, params.out, problem.q_len, problem.num_q_heads, problem.head_dim_v, kOutBoxRows, packed},
       {"k", params.k_map, params.k, problem.kv_len, problem.num_kv_heads, problem.head_dim_qk, tile.kv_rows},
       {"v", params.v_map, params.v, problem.kv_len, problem.num_kv_heads, problem.head_dim_v, tile.kv_rows},
   };
@@ -206,7 +245,8 @@ NamedMisfit make_maps(Sm90AttentionFwdParams& params, const AttentionProblem& pr
       row.map = params.q_map;
       continue;
     }
-    const MappedOperand mapped{row.operand, element, row.num_tokens, row.num_heads, row.head_dim, row.box_rows};
+    const MappedOperand mapped{row.operand,  element,      row.num_tokens,  row.num_heads,
+                               row.head_dim, row.box_rows, row.packed_heads};
     const Misfit misfit =
         problem.is_varlen ? make_ragged_map(row.map, mapped) : make_dense_map(row.map, mapped, params);
     if (misfit.exists()) return {row.name, misfit};
@@ -237,15 +277,18 @@ int64_t sm90_attention_fwd_workspace(const AttentionProblem& problem) {
 
 std::shared_ptr<void> prepare_sm90_attention_fwd(const AttentionProblem& problem) {
   auto prepared = std::make_shared<Prepared>();
-  const Sm90AttentionFwdSpec spec = make_spec(problem);
-  prepared->variant.spec = to_kernel_spec(spec);
+  Sm90AttentionFwdSpec spec = make_spec(problem);
   prepared->tile = sm90_attention_fwd_tile(spec);
   Sm90AttentionFwdParams& params = prepared->params;
-  set_problem(params, problem, problem.num_q_heads, 0);
-  const TileOrder order = order_of(problem, params.num_heads, prepared->tile.q_rows());
+  params.head_shift = head_shift_of(problem, prepared->tile.q_rows());
+  spec.packs_heads = params.head_shift > 0;
+  prepared->variant.spec = to_kernel_spec(spec);
+  set_problem(params, problem, problem.num_q_heads >> params.head_shift, 0);
+  const TileOrder order = spec.packs_heads ? TileOrder{} : order_of(problem, params.num_heads, prepared->tile.q_rows());
   params.section_heads = static_cast<int>(order.section_heads);
   params.num_tail_heads = static_cast<unsigned>(order.tail_heads);
-  params.num_tiles = static_cast<int>(num_row_tiles(problem, problem.q_len, prepared->tile.q_rows()));
+  const int64_t num_rows = problem.q_len << params.head_shift;
+  params.num_tiles = static_cast<int>(num_row_tiles(problem, num_rows, prepared->tile.q_rows()));
   params.num_tiles_in_all = static_cast<unsigned>(params.num_tiles) * params.num_heads;
   return prepared;
 }
@@ -301,6 +344,7 @@ std::vector<KernelSpec> sm90_attention_fwd_common_specs() {
   add(Element::kBFloat16, 192, false, [](Sm90AttentionFwdSpec& spec) { spec.head_dim_v = 128; });
   for (const int head_dim : {64, 128}) {
     add(Element::kBFloat16, head_dim, false, [](Sm90AttentionFwdSpec& spec) { spec.has_segment_ids = true; });
+    add(Element::kBFloat16, head_dim, false, [](Sm90AttentionFwdSpec& spec) { spec.packs_heads = true; });
   }
   for (const int head_dim : {64, 128, 256}) {
     add(Element::kBFloat16, head_dim, false, [](Sm90AttentionFwdSpec& spec) { spec.has_softcap = true; });

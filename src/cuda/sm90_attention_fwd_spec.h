@@ -19,6 +19,9 @@ struct Sm90AttentionFwdSpec {
   bool has_softcap = false;
   bool has_alibi = false;
   bool scales_first = false;  // scores take their scale before the maximum: one that is negative, 0 or extreme
+  // A tile has rows of several heads of a group, which read the same keys: for few rows a head. Not with packed
+  // sequences, segment ids or ALiBi.
+  bool packs_heads = false;
 
   HEED_HOST_DEVICE constexpr bool has_score_transform() const { return has_softcap || has_alibi || scales_first; }
 };
@@ -64,6 +67,7 @@ struct Sm90AttentionFwdLayout {
   int bytes;
 };
 
+inline constexpr int kMostPackedHeads = 16;          // a box of the output has so many rows
 inline constexpr int kSm90ControlBytes = 1024;       // barriers and what the tiles in flight are (device code)
 inline constexpr int kSm90SharedBytes = 227 * 1024;  // that a block may have
 
@@ -93,6 +97,10 @@ struct Sm90AttentionFwdParams : AttentionParams {
   unsigned num_tiles_in_all;  // num_tiles of each head
   // Dense: heads at the end that are one section whatever section_heads says, so that the last tiles are short ones.
   unsigned num_tail_heads;
+  // With packs_heads: a tile has 2^head_shift heads, at most kMostPackedHeads. Its row r is of token r >> head_shift
+  // and of head r % 2^head_shift of them, and num_heads counts such packs. Q and the output have tensor maps of these
+  // rows.
+  int head_shift;
 };
 
 }  // namespace heed::cuda

@@ -42,7 +42,8 @@ void encode(TensorMap& map, const MappedOperand& mapped, const Layout<kRank>& la
   box.fill(1);
   steps.fill(1);
   box[0] = kTensorMapColumns;
-  box[1] = static_cast<uint32_t>(mapped.box_rows);
+  box[1] = static_cast<uint32_t>(mapped.packed_heads > 1 ? mapped.packed_heads : mapped.box_rows);
+  if (mapped.packed_heads > 1) box[2] = static_cast<uint32_t>(mapped.box_rows / mapped.packed_heads);
   const int element = mapped.element == Element::kFloat16 ? kTensorMapFloat16 : kTensorMapBFloat16;
   check(api->tensor_map_encode_tiled(&map, element, kRank, mapped.operand.data, layout.sizes.data(),
                                      layout.strides.data(), box.data(), steps.data(), kTensorMapInterleaveNone,
@@ -99,6 +100,16 @@ Misfit make_dense_map(TensorMap& map, const MappedOperand& mapped, const Attenti
   const Misfit misfit = misfit_of(mapped, {token, head, problem});
   if (misfit.exists()) return misfit;
   const auto size = [](int64_t value) { return static_cast<uint64_t>(value); };
+  if (mapped.packed_heads > 1) {
+    const int64_t num_packs = mapped.num_heads / mapped.packed_heads;
+    const int64_t pack = stride_bytes(mapped.operand.head * mapped.packed_heads, num_packs, mapped);
+    if (pack >= kStrideLimit) return kBadStride;
+    encode<5>(map, mapped,
+              {{size(mapped.head_dim), size(mapped.packed_heads), size(mapped.num_tokens), size(num_packs),
+                size(problems.count)},
+               {size(head), size(token), size(pack), size(problem)}});
+    return kFits;
+  }
   encode<4>(map, mapped,
             {{size(mapped.head_dim), size(mapped.num_tokens), size(mapped.num_heads), size(problems.count)},
              {size(token), size(head), size(problem)}});

@@ -20,6 +20,7 @@ struct MappedOperand {
   Element element;
   int64_t num_tokens, num_heads, head_dim;
   int box_rows;
+  int64_t packed_heads = 1;  // dense: the rows of a box are those of so many heads of a token, then of the next token
 };
 
 // What keeps TMA from reading or writing an operand where it lies, such as "rows that do not start at multiples of 16
@@ -32,7 +33,8 @@ struct Misfit {
 // Make the map, unless there is a misfit. Throw std::runtime_error if CUDA refuses a map that should be fine.
 //
 // Dense: [problem][head][token][column], where the leading axes and the batch of `params` are one axis of problems, the
-// last of them fastest. Rows from num_tokens on are outside: read as zeros, never written.
+// last of them fastest. Rows from num_tokens on are outside: read as zeros, never written. With packed heads:
+// [problem][pack][token][head of the pack][column].
 Misfit make_dense_map(TensorMap& map, const MappedOperand& mapped, const AttentionParams& params);
 
 // Packed sequences: the coordinates (column, kRaggedRows - length + row, head, start + length, kRaggedRows) stand for

@@ -28,15 +28,17 @@ template <Sm90AttentionFwdSpec kSpec>
 void make_maps(Sm90AttentionFwdParams& params, const Case& c) {
   constexpr int kKvRows = cuda::sm90_attention_fwd_tile(kSpec).kv_rows;
   const auto make = [&](cuda::TensorMap& map, const cuda::DeviceOperand& operand, int64_t len, int64_t num_heads,
-                        int64_t dim, int box_rows) {
-    const cuda::MappedOperand mapped{operand, kSpec.element, std::max<int64_t>(len, 1), num_heads, dim, box_rows};
+                        int64_t dim, int box_rows, int64_t packed_heads = 1) {
+    const cuda::MappedOperand mapped{operand,  kSpec.element, std::max<int64_t>(len, 1), num_heads, dim,
+                                     box_rows, packed_heads};
     const cuda::Misfit misfit = kSpec.is_varlen ? make_ragged_map(map, mapped) : make_dense_map(map, mapped, params);
     ASSERT_FALSE(misfit.exists()) << misfit.got;
   };
-  make(params.q_map, params.q, c.q_len, c.num_q_heads, c.head_dim_qk, 64);
+  const int64_t packed_heads = int64_t{1} << params.head_shift;
+  make(params.q_map, params.q, c.q_len, c.num_q_heads, c.head_dim_qk, 64, packed_heads);
   make(params.k_map, params.k, c.kv_len, c.num_kv_heads, c.head_dim_qk, kKvRows);
   make(params.v_map, params.v, c.kv_len, c.num_kv_heads, c.head_dim_v, kKvRows);
-  make(params.out_map, params.out, c.q_len, c.num_q_heads, c.head_dim_v, 16);
+  make(params.out_map, params.out, c.q_len, c.num_q_heads, c.head_dim_v, 16, packed_heads);
 }
 
 // How blocks share the tiles, and when asynchronous operations happen.
@@ -60,7 +62,8 @@ void run_kernel(const Sm90AttentionFwdParams& problem, const Schedule& schedule)
   Sm90AttentionFwdParams params = problem;
   device_emulation::block.copies_late = schedule.copies_late;
   device_emulation::block.copies_vary = schedule.copies_vary;
-  params.num_tiles = kSpec.is_varlen ? params.q_len / kQRows + params.batch + 2 : (params.q_len + kQRows - 1) / kQRows;
+  const int num_rows = params.q_len << params.head_shift;
+  params.num_tiles = kSpec.is_varlen ? num_rows / kQRows + params.batch + 2 : (num_rows + kQRows - 1) / kQRows;
   params.num_tiles_in_all = static_cast<unsigned>(params.num_tiles) * params.num_heads;
   const unsigned num_blocks = std::min(static_cast<unsigned>(schedule.num_blocks), params.num_tiles_in_all);
   // What the counter's memory holds is anybody's; with the nonce of this launch it is zeros at the end.
@@ -99,6 +102,7 @@ inline void poison_outside(Tensor& tensor, const Ints& bounds, const Ints& used)
 struct Details {
   Bounds bounds{};
   std::function<void(Sm90AttentionFwdParams&)> edit{};  // of the parameters
+  int head_shift = 0;                                   // the exponent of 2 of the heads of a tile
 };
 
 // In every schedule, and in each with the same bits.
@@ -121,6 +125,8 @@ void expect_matches(const Case& c, const Details& details = {}) {
     const Guarded guarded_out(out);
     const Guarded guarded_lse(lse);
     auto params = make_params<Sm90AttentionFwdParams>(c);
+    params.head_shift = details.head_shift;
+    params.num_heads >>= details.head_shift;
     set_operands(params, in, out, lse);
     make_maps<kSpec>(params, c);
     if (kSpec.is_varlen) set_bounds(params, bounds);

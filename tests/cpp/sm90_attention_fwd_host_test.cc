@@ -3,9 +3,6 @@
 // needs NVRTC, and never run.
 #include <gtest/gtest.h>
 
-#include <cstdlib>
-#include <cstring>
-#include <filesystem>
 #include <functional>
 #include <iterator>
 #include <set>
@@ -13,80 +10,43 @@
 #include <vector>
 
 #include "cuda/jit/jit.h"
-#include "cuda/jit/nvrtc.h"
 #include "cuda/sm90_attention_fwd_spec.h"
 #include "device_emulation/tensor_map.h"
 #include "fake_driver.h"
 #include "heed/heed.h"
-#include "sm90_calls.h"
+#include "sm90_launches.h"
 
 namespace heed {
 namespace {
 
 using device_emulation::TensorMapContents;
 using test::args_of;
+using test::box_of;
 using test::Call;
+using test::contents_of;
 using test::fake_driver;
 using test::FakeDriver;
 using test::FakeLaunch;
 using test::forced;
+using test::is_by_sm90;
 using test::kAmpere;
 using test::kHopper;
 using test::kSecondHopper;
+using test::launch_of;
 using test::memory;
+using test::params_of;
+using test::Sizes;
+using test::sizes_of;
+using test::strides_of;
 using test::tensor;
+using test::with_workspace;
 
 constexpr int64_t kQRows = 128, kKvRows = 128;  // of a tile at head dim 128
-
-AttentionForwardArgs with_workspace(const Call& call, AttentionForwardArgs args) {
-  const int64_t floats = attention_forward_workspace_bytes(args, call.options) / 4;
-  if (floats > 0) args.workspace = tensor(call, DType::kFloat32, {floats}, 6, false);
-  return args;
-}
-
-constexpr unsigned kBlock = 384;  // threads; no portable kernel has as many
-
-FakeLaunch launch_of(const Call& call, const AttentionForwardArgs& args) {
-  attention_forward(args, call.options);  // loads
-  fake_driver() = FakeDriver();
-  fake_driver().num_copied_bytes = sizeof(cuda::Sm90AttentionFwdParams);
-  fake_driver().copied_block = kBlock;
-  attention_forward(args, call.options);
-  EXPECT_EQ(fake_driver().launches.size(), 1U);
-  return fake_driver().launches.empty() ? FakeLaunch{} : fake_driver().launches[0];
-}
-
-FakeLaunch launch_of(const Call& call) { return launch_of(call, with_workspace(call, args_of(call))); }
-
-cuda::Sm90AttentionFwdParams params_of(const FakeLaunch& launch) {
-  cuda::Sm90AttentionFwdParams params{};
-  if (launch.copy_of_params.size() == sizeof params) std::memcpy(&params, launch.copy_of_params.data(), sizeof params);
-  return params;
-}
-
-bool is_by_sm90(const FakeLaunch& launch) { return launch.block == kBlock; }
-
-TensorMapContents contents_of(const cuda::TensorMap& map) {
-  TensorMapContents contents{};
-  EXPECT_TRUE(device_emulation::decode_tensor_map(&map, contents));
-  return contents;
-}
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Launches.
 
-class Sm90AttentionFwdHostTest : public ::testing::Test {
- protected:
-  static void SetUpTestSuite() {
-    std::string name = (std::filesystem::temp_directory_path() / "heed-sm90-test-XXXXXX").string();
-    ASSERT_NE(mkdtemp(name.data()), nullptr);
-    setenv("HEED_CACHE_DIR", name.c_str(), 1);
-  }
-  static void TearDownTestSuite() { std::filesystem::remove_all(getenv("HEED_CACHE_DIR")); }
-  void SetUp() override {
-    if (!cuda::find_nvrtc()) GTEST_SKIP() << "there is no NVRTC on this machine";
-  }
-};
+using Sm90AttentionFwdHostTest = test::Sm90LaunchTest;
 
 TEST_F(Sm90AttentionFwdHostTest, OneBlockPerMultiprocessorAndACounter) {
   const Call call;
@@ -194,16 +154,6 @@ TEST_F(Sm90AttentionFwdHostTest, NoKeys) {
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Tensor maps.
-
-using Sizes = std::vector<int64_t>;
-
-Sizes sizes_of(const TensorMapContents& map) {
-  Sizes sizes;
-  for (int i = 0; i < map.rank; ++i) sizes.push_back(int64_t{map.last_index[i]} + 1);
-  return sizes;
-}
-Sizes strides_of(const TensorMapContents& map) { return {map.strides + 1, map.strides + map.rank}; }
-Sizes box_of(const TensorMapContents& map) { return {map.box, map.box + map.rank}; }
 
 TEST_F(Sm90AttentionFwdHostTest, MapsOfPackedOperands) {
   const Call call{.batch = 3, .q_len = 700, .kv_len = 900, .num_q_heads = 8, .num_kv_heads = 2};
@@ -395,28 +345,6 @@ TEST_F(Sm90AttentionFwdHostTest, WhatCudaRefusesIsAnError) {
     EXPECT_TRUE(fake_driver().launches.empty());
   }
   EXPECT_TRUE(test::fake_contexts().empty());
-}
-
-// ---------------------------------------------------------------------------------------------------------------------
-// The order of tiles. Values as they were measured (docs/kernel-notes.md), 16384 tokens and 16 heads in all.
-
-TEST_F(Sm90AttentionFwdHostTest, OrderOfTilesUnderACausalMask) {
-  const struct {
-    int64_t length;
-    int section_heads;
-    unsigned tail_heads;
-  } expected[] = {{512, 1, 64}, {1024, 4, 64}, {2048, 8, 32}, {4096, 16, 0}, {8192, 8, 0}, {16384, 4, 0}};
-  for (const auto& [length, section_heads, tail_heads] : expected) {
-    Call call{.batch = 16384 / length, .q_len = length, .kv_len = length, .num_q_heads = 16, .num_kv_heads = 16};
-    call.options.is_causal = true;
-    const cuda::Sm90AttentionFwdParams params = params_of(launch_of(call));
-    EXPECT_EQ(params.section_heads, section_heads) << length;
-    EXPECT_EQ(params.num_tail_heads, tail_heads) << length;
-    call.options.is_causal = false;
-    const cuda::Sm90AttentionFwdParams full = params_of(launch_of(call));
-    EXPECT_EQ(full.section_heads, 1) << length;
-    EXPECT_EQ(full.num_tail_heads, 0U) << length;
-  }
 }
 
 }  // namespace

@@ -40,7 +40,8 @@ __device__ __forceinline__ float dot_product(const unsigned short* a, const unsi
 template <Sm90AttentionFwdSpec kSpec>
 inline constexpr int kColumnsAtOnce = kSpec.head_dim_v < 128 ? (kSpec.head_dim_v + 31) / 32 * 32 : 128;
 
-// Writes some columns of a row's output, and its LSE. Called by a whole warp.
+// Writes some columns of a row's output, and its LSE. Called by a whole warp. Of a pack of heads, whose first one is
+// that of `work`, rows are counted as in its tiles.
 template <Sm90AttentionFwdSpec kSpec>
 __device__ __forceinline__ void attend_row(const Sm90AttentionFwdParams& params, const AttentionWork& work, int row,
                                            int first_column) {
@@ -48,8 +49,13 @@ __device__ __forceinline__ void attend_row(const Sm90AttentionFwdParams& params,
   constexpr int kColumnsPerLane = kColumnsAtOnce<kSpec> / 32;
   constexpr float kSmallestExponent = -745.0f;  // of e, that float64 tells from 0
   const int lane = ptx::thread_index() & 31;
+  // Computed where it is needed: registers are few.
+  const auto head_of_row = [&, in_pack = row] {
+    return work.head + (kSpec.packs_heads ? in_pack & ((1 << params.head_shift) - 1) : 0);
+  };
+  if constexpr (kSpec.packs_heads) row >>= params.head_shift;
   const long long token = static_cast<long long>(work.q_token) + row;
-  const unsigned short* q = pointer_to<unsigned short>(params, params.q, work, work.head) + token * params.q.token;
+  const unsigned short* q = pointer_to<unsigned short>(params, params.q, work, head_of_row()) + token * params.q.token;
   const unsigned short* k =
       pointer_to<unsigned short>(params, params.k, work, work.kv_head) + work.k_token * params.k.token;
   const unsigned short* v =
@@ -61,14 +67,14 @@ __device__ __forceinline__ void attend_row(const Sm90AttentionFwdParams& params,
     id = pointer_to<int>(params, params.q_segment_ids, work, 0)[row * params.q_segment_ids.token];
   }
   float slope = 0.0f;
-  if constexpr (kSpec.has_alibi) slope = *pointer_to<float>(params, params.alibi_slopes, work, work.head);
+  if constexpr (kSpec.has_alibi) slope = *pointer_to<float>(params, params.alibi_slopes, work, head_of_row());
   const variants::Band band =
       variants::make_band(work.q_len, work.kv_len, params.window_left, params.window_right, params.is_bottom_right);
   const variants::Range keys = variants::intersect(band.keys_of_any({row, row + 1}), {0, work.kv_len});
   const int begin = static_cast<int>(keys.begin), end = static_cast<int>(keys.end);
   const float scale = kSpec.has_score_transform() ? 1.0f : params.scale;
   const auto read_sink = [&] {
-    return params.sinks.data == nullptr ? -kInfinity : *pointer_to<float>(params, params.sinks, work, work.head);
+    return params.sinks.data == nullptr ? -kInfinity : *pointer_to<float>(params, params.sinks, work, head_of_row());
   };
 
   float top = -kInfinity;  // the largest score; 0 where there is none
@@ -137,8 +143,9 @@ __device__ __forceinline__ void attend_row(const Sm90AttentionFwdParams& params,
   const float sink = read_sink();
   const float base = is_sink_larger ? sink : top * scale, base_rest = is_sink_larger ? 0.0f : rest;
   if (params.sinks.data != nullptr) total += exp_accurate((sink - base) - base_rest);
-  unsigned short* to = const_cast<unsigned short*>(pointer_to<unsigned short>(params, params.out, work, work.head)) +
-                       token * params.out.token;
+  unsigned short* to =
+      const_cast<unsigned short*>(pointer_to<unsigned short>(params, params.out, work, head_of_row())) +
+      token * params.out.token;
   const float factor = total == 0.0f ? 1.0f : ptx::reciprocal_approx(total);
 #pragma unroll
   for (int i = 0; i < kColumnsPerLane; ++i) {
@@ -146,7 +153,7 @@ __device__ __forceinline__ void attend_row(const Sm90AttentionFwdParams& params,
     if (column < params.head_dim_v) to[column] = static_cast<unsigned short>(Math::pack(out[i] * factor, 0.0f));
   }
   if (params.lse.data != nullptr && lane == 0) {
-    const_cast<float*>(pointer_to<float>(params, params.lse, work, work.head))[token * params.lse.token] =
+    const_cast<float*>(pointer_to<float>(params, params.lse, work, head_of_row()))[token * params.lse.token] =
         total == 0.0f ? -kInfinity : base + (base_rest + logf(total));
   }
 }

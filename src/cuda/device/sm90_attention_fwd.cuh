@@ -31,6 +31,9 @@
 // Order. Tiles are taken from a counter: fixed shares drift apart under a causal mask. A tile's first steps do not
 // depend on the tile before, so that outputs have the same bits whichever block computes it.
 //
+// Few rows. Where heads have few rows and share their keys, a tile has those of several heads of a group: K and V are
+// read once for all of them, and fewer rows of products are empty (packs_heads).
+//
 // What is not finite. A NaN or an infinity in V reaches all rows of a product, also those that do not see the key. Rows
 // whose output is not finite are therefore left to warps that have nothing else to do, key by key.
 #pragma once
@@ -164,16 +167,16 @@ struct Sm90AttentionFwd {
 
   // Scores of keys that a row does not see become -inf. The first key is `first_key`.
   template <bool kHasBegin, bool kHasEnd, int kSize>
-  static __device__ __forceinline__ void mask(const Lane& lane, const Task& task, int first_key,
+  static __device__ __forceinline__ void mask(const Lane& lane, const Params& params, const Task& task, int first_key,
                                               float (&scores)[kSize]) {
     [[maybe_unused]] constexpr int kTiles = kSize / 4;
     const int origin = first_key + lane.column;
     const int first_row = lane.tile_row;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const int row = first_row + half * 8;
-      const int begin = task.keys_begin + row - origin;
-      const int end = (kSpec.has_mask ? min(task.keys_end + row, task.kv_len) : task.kv_len) - origin;
+      const int token = Load::token_of(params, first_row + half * 8);
+      const int begin = task.keys_begin + token - origin;
+      const int end = (kSpec.has_mask ? min(task.keys_end + token, task.kv_len) : task.kv_len) - origin;
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
         // A bit for each tile of 8 keys, whose number e the row sees.
@@ -296,7 +299,7 @@ struct Sm90AttentionFwd {
     for (int pair = 0; pair < kPvSteps; ++pair) {
       float scores[8];
       multiply_qk_again(q, q_from, k, pair, scores);
-      mask<kSpec.has_mask, true>(Lane(), task, step * kKvRows + pair * 16, scores);
+      mask<kSpec.has_mask, true>(Lane(), params, task, step * kKvRows + pair * 16, scores);
       float here[2];
       find_largest(scores, here);
       largest[0] = fmaxf(largest[0], here[0]);
@@ -310,7 +313,7 @@ struct Sm90AttentionFwd {
     for (int pair = 0; pair < kPvSteps; ++pair) {
       float scores[8];
       multiply_qk_again(q, q_from, k, pair, scores);
-      mask<kSpec.has_mask, true>(Lane(), task, step * kKvRows + pair * 16, scores);
+      mask<kSpec.has_mask, true>(Lane(), params, task, step * kKvRows + pair * 16, scores);
       exponentiate<0, 2>(scale, rows.reference, sum, scores);
       uint32 packed[1][4];
       pack(scores, packed);
@@ -344,12 +347,17 @@ struct Sm90AttentionFwd {
       ends[half] = {is_empty ? 1.0f : sum, is_empty ? -kInfinity : top, is_empty ? 0.0f : rest, is_empty ? 1.0f : sum};
     }
     if (params.sinks.data != nullptr) {
+      const auto sink_of = [&](int row) {
+        if constexpr (!kSpec.packs_heads) return task.sink;
+        const int head = task.work.head + Load::head_of(params, row);
+        return *pointer_to<float>(params, params.sinks, task.work, head);
+      };
 #pragma unroll 1
       for (int half = 0; half < 2; ++half) {
         const variants::RowEnd<float> end = half == 0 ? ends[0] : ends[1];
         const variants::RowEnd<float> with_sink =
-            variants::finish_row(end.top, end.rest, end.top == -kInfinity ? 0.0f : end.total, true, task.sink,
-                                 [](float x) { return exp_accurate(x); });
+            variants::finish_row(end.top, end.rest, end.top == -kInfinity ? 0.0f : end.total, true,
+                                 sink_of(lane.tile_row + half * 8), [](float x) { return exp_accurate(x); });
         if (half == 0) {
           ends[0] = with_sink;
         } else {
@@ -369,7 +377,9 @@ struct Sm90AttentionFwd {
   static __device__ __forceinline__ void write_lse(const Lane& lane, const Params& params, const Task& task,
                                                    float lse) {
     const int row = lane.tile_row + (lane.lane & 1) * 8;
-    if (task.lse != nullptr && lane.column < 4 && row < task.rows_left) task.lse[row * params.lse.token] = lse;
+    if (task.lse != nullptr && lane.column < 4 && row < task.rows_left) {
+      task.lse[Load::offset_of_row(params, params.lse, row)] = lse;
+    }
   }
 
   template <int kSize>
@@ -405,6 +415,9 @@ struct Sm90AttentionFwd {
         if constexpr (kSpec.is_varlen) {
           ptx::tma_store(params.out_map, base + part * kWarpPartBytes, part * kPartColumns, place.row + lane.warp * 16,
                          place.head, place.sequence, kRaggedRows);
+        } else if constexpr (kSpec.packs_heads) {
+          ptx::tma_store(params.out_map, base + part * kWarpPartBytes, part * kPartColumns, 0,
+                         place.row + Load::token_of(params, lane.warp * 16), place.head, place.sequence);
         } else {
           ptx::tma_store(params.out_map, base + part * kWarpPartBytes, part * kPartColumns, place.row + lane.warp * 16,
                          place.head, place.sequence);
@@ -424,7 +437,8 @@ struct Sm90AttentionFwd {
     for (int half = 0; half < 2; ++half) {
       const int row = lane.tile_row + half * 8;
       const bool has_row = row < task.rows_left;
-      unsigned short* to = static_cast<unsigned short*>(task.out) + row * params.out.token + column;
+      unsigned short* to =
+          static_cast<unsigned short*>(task.out) + Load::offset_of_row(params, params.out, row) + column;
 #pragma unroll
       for (int i = 0; i < kDimTiles / 2; ++i) {
         const uint32 left = words[i][half], right = words[i][2 + half];
@@ -497,9 +511,9 @@ struct Sm90AttentionFwd {
                                 task.work.q_begin + lane.tile_row + offset - step * kKvRows - lane.column, scores);
       }
       if constexpr (kSpec.has_segment_ids) ids.mask(scores);
-      if (step >= in_full.end) mask<false, true>(Lane(), Load::task(number), step * kKvRows, scores);
+      if (step >= in_full.end) mask<false, true>(Lane(), params, Load::task(number), step * kKvRows, scores);
       if (kSpec.has_mask && step < in_full.begin) {
-        mask<true, false>(Lane(), Load::task(number), step * kKvRows, scores);
+        mask<true, false>(Lane(), params, Load::task(number), step * kKvRows, scores);
       }
     };
     // The next tile, if there is one: its Q moves to registers.

@@ -25,7 +25,22 @@ struct Sm90AttentionLoad {
 
   using Steps = StepsOf<kKvRows>;
 
-  // The first row of a head of a sequence in a tensor map.
+  static_assert(!kSpec.packs_heads || (!kSpec.is_varlen && !kSpec.has_segment_ids && !kSpec.has_alibi));
+
+  // Where a tile's rows are: without packed heads each is one token further on, of the same head.
+  static __device__ __forceinline__ int head_shift(const Params& params) {
+    return kSpec.packs_heads ? params.head_shift : 0;
+  }
+  static __device__ __forceinline__ int token_of(const Params& params, int row) { return row >> head_shift(params); }
+  static __device__ __forceinline__ int head_of(const Params& params, int row) {
+    return row & ((1 << head_shift(params)) - 1);
+  }
+  static __device__ __forceinline__ long long offset_of_row(const Params& params, const DeviceOperand& operand,
+                                                            int row) {
+    return token_of(params, row) * operand.token + head_of(params, row) * operand.head;
+  }
+
+  // The first row of a head, or of a pack of them, of a sequence in a tensor map.
   struct alignas(16) Place {
     int row, head, sequence;
   };
@@ -33,12 +48,12 @@ struct Sm90AttentionLoad {
   struct alignas(16) Task {
     Steps steps;                        // of the keys that the tile's rows see; empty: there is no tile any more
     Steps seen_in_full[kNumConsumers];  // by all rows of a warpgroup
-    int keys_begin, keys_end;           // that the tile's first row sees; each further row sees one further on
+    int keys_begin, keys_end;           // that the tile's first row sees; each further token sees one further on
     int kv_len;
-    int rows_left;             // in the sequence, from the tile's first on
+    int rows_left;             // of the head or pack in the sequence, from the tile's first on
     void* out;                 // its first row, where tensor copies do not write it
     float* lse;                // of its first row; null: not wanted
-    float sink, slope;         // of the head
+    float sink, slope;         // of the head, if it is one
     const int* q_segment_ids;  // from its first row on
     const int* kv_segment_ids;
     AttentionWork work;
@@ -158,12 +173,13 @@ struct Sm90AttentionLoad {
     const uint32 inside = index - section * section_heads * num_tiles;
     AttentionWork work;
     const uint32 head = first_head + inside % heads_here;
-    const uint32 sequence = head / static_cast<uint32>(params.num_q_heads);
-    work.head = static_cast<int>(head % static_cast<uint32>(params.num_q_heads));
+    const uint32 packs = static_cast<uint32>(params.num_q_heads) >> head_shift(params);
+    const uint32 sequence = head / packs;
+    work.head = static_cast<int>(head % packs) << head_shift(params);
     work.kv_head = work.head / params.group;
     work.batch = static_cast<int>(sequence % static_cast<uint32>(params.batch));
     work.problem = sequence / static_cast<uint32>(params.batch);
-    work.q_begin = static_cast<int>(num_tiles - 1 - inside / heads_here) * kQRows;
+    work.q_begin = static_cast<int>(num_tiles - 1 - inside / heads_here) * (kQRows >> head_shift(params));
     work.q_len = params.q_len;
     work.kv_len = params.kv_len;
     return work;
@@ -179,11 +195,11 @@ struct Sm90AttentionLoad {
     const variants::Band band = band_of(params, work);
     constexpr variants::Index kFar = 1 << 30;
     task.steps = steps;
-    const int q_end = min(work.q_begin + kQRows, work.q_len);
+    const int q_end = min(work.q_begin + token_of(params, kQRows), work.q_len);
 #pragma unroll
     for (int i = 0; i < kNumConsumers; ++i) {
-      const int begin = work.q_begin + i * 64;
-      const variants::Range rows = {begin, min(begin + 64, q_end)};
+      const int begin = work.q_begin + token_of(params, i * 64);
+      const variants::Range rows = {begin, min(begin + token_of(params, 64), q_end)};
       variants::Range keys = {0, work.kv_len};
       if (kSpec.has_mask && !rows.empty()) keys = variants::intersect(band.keys_of_all(rows), keys);
       task.seen_in_full[i] = keys.empty() ? Steps{steps.end, 0} : Steps::inside(keys);
@@ -192,8 +208,8 @@ struct Sm90AttentionLoad {
     task.keys_begin = static_cast<int>(min(max(keys.begin, -kFar), kFar));
     task.keys_end = static_cast<int>(min(max(keys.end, -kFar), kFar));
     task.kv_len = work.kv_len;
-    task.rows_left = work.q_len - work.q_begin;
-    task.q = place_of(params, work, work.head, work.q_token, work.q_len);
+    task.rows_left = (work.q_len - work.q_begin) << head_shift(params);
+    task.q = place_of(params, work, work.head >> head_shift(params), work.q_token, work.q_len);
     task.q.row += work.q_begin;
     task.kv = place_of(params, work, work.kv_head, work.k_token, work.kv_len);
     task.sink = params.sinks.data == nullptr ? 0.0f : *pointer_to<float>(params, params.sinks, work, work.head);
@@ -227,11 +243,11 @@ struct Sm90AttentionLoad {
     }
   }
 
-  // The output of rows that see no key: no other warp gets to know of such tiles.
+  // The output of a head's rows that see no key: no other warp gets to know of such tiles.
   static __device__ __forceinline__ void write_empty_rows(const Params& params, const AttentionWork& work) {
     constexpr int kChunks = kSpec.head_dim_v / 8;
     const int lane = ptx::thread_index() & 31;
-    const int num_rows = min(kQRows, work.q_len - work.q_begin);
+    const int num_rows = min(token_of(params, kQRows), work.q_len - work.q_begin);
     float lse = -kInfinity;
     if (params.sinks.data != nullptr && !work.is_outside)
       lse = *pointer_to<float>(params, params.sinks, work, work.head);
@@ -270,7 +286,7 @@ struct Sm90AttentionLoad {
       }
       if (is_tile) {
         variants::Range keys = {0, work.kv_len};
-        const variants::Range rows = {work.q_begin, min(work.q_begin + kQRows, work.q_len)};
+        const variants::Range rows = {work.q_begin, min(work.q_begin + token_of(params, kQRows), work.q_len)};
         if constexpr (kSpec.has_mask) keys = variants::intersect(band_of(params, work).keys_of_any(rows), keys);
         if constexpr (kSpec.has_segment_ids) {
           keys = warp_segment_range(pointer_to<int>(params, params.q_segment_ids, work, 0), params.q_segment_ids.token,
@@ -279,7 +295,9 @@ struct Sm90AttentionLoad {
         }
         const Steps steps = Steps::touching(keys);
         if (steps.begin == steps.end) {
-          write_empty_rows(params, work);
+          do {
+            write_empty_rows(params, work);
+          } while (kSpec.packs_heads && head_of(params, ++work.head) != 0);
         } else {
           // Those that compute and load are done with the record, of four tiles ago, when the tile before the previous
           // one has been opened.
@@ -307,7 +325,7 @@ struct Sm90AttentionLoad {
   // -------------------------------------------------------------------------------------------------------------------
   // Load: one thread.
 
-  template <int kParts, int kPartBytes>
+  template <int kParts, int kPartBytes, bool kPacksHeads = false>
   static __device__ __forceinline__ void load_tile(uint32 to, const TensorMap& map, uint32 barrier, const Place& place,
                                                    int row) {
 #pragma unroll
@@ -315,6 +333,9 @@ struct Sm90AttentionLoad {
       if constexpr (kSpec.is_varlen) {
         ptx::tma_load(to + part * kPartBytes, map, barrier, part * kPartColumns, place.row + row, place.head,
                       place.sequence, kRaggedRows);
+      } else if constexpr (kPacksHeads) {
+        ptx::tma_load(to + part * kPartBytes, map, barrier, part * kPartColumns, 0, place.row + row, place.head,
+                      place.sequence);
       } else {
         ptx::tma_load(to + part * kPartBytes, map, barrier, part * kPartColumns, place.row + row, place.head,
                       place.sequence);
@@ -358,8 +379,8 @@ struct Sm90AttentionLoad {
       ptx::mbarrier_arrive_expect(q_full(), kNumConsumers * kLayout.q_bytes);
 #pragma unroll
       for (int i = 0; i < kNumConsumers; ++i) {
-        load_tile<kQkParts, 64 * kPartRowBytes>(memory_at(kLayout.q + i * kLayout.q_bytes), params.q_map, q_full(), q,
-                                                i * 64);
+        load_tile<kQkParts, 64 * kPartRowBytes, kSpec.packs_heads>(memory_at(kLayout.q + i * kLayout.q_bytes),
+                                                                   params.q_map, q_full(), q, token_of(params, i * 64));
       }
 #pragma unroll 1
       for (; step < steps.end; ++step) {
@@ -392,7 +413,7 @@ struct Sm90AttentionLoad {
           row |= 15;
           continue;
         }
-        attend_row<kSpec>(params, stored.work, stored.work.q_begin + row,
+        attend_row<kSpec>(params, stored.work, (stored.work.q_begin << head_shift(params)) + row,
                           kMendersSplitRows ? mender * kColumnsAtOnce<kSpec> : 0);
       }
       __syncwarp();

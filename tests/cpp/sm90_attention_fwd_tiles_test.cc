@@ -1,0 +1,153 @@
+// Which tiles Hopper's attention forward is launched with: packs of heads, and the order. Values as they were measured
+// (docs/kernel-notes.md).
+#include <gtest/gtest.h>
+
+#include <cstdint>
+#include <limits>
+#include <string>
+
+#include "heed/heed.h"
+#include "sm90_launches.h"
+
+namespace heed {
+namespace {
+
+using device_emulation::TensorMapContents;
+using test::args_of;
+using test::box_of;
+using test::Call;
+using test::contents_of;
+using test::is_by_sm90;
+using test::launch_of;
+using test::params_of;
+using test::Sizes;
+using test::sizes_of;
+using test::strides_of;
+using test::tensor;
+
+using Sm90AttentionFwdTilesTest = test::Sm90LaunchTest;
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Several heads of a group in a tile, where rows are few and tiles are many.
+
+Call few_rows(int64_t batch, int64_t q_len, int64_t num_q_heads, int64_t num_kv_heads) {
+  return {.batch = batch, .q_len = q_len, .kv_len = 500, .num_q_heads = num_q_heads, .num_kv_heads = num_kv_heads};
+}
+
+TEST_F(Sm90AttentionFwdTilesTest, HeadsOfAGroupShareTiles) {
+  const struct {
+    int64_t batch, q_len, num_q_heads, num_kv_heads;
+    int heads_of_tile, num_tiles;
+  } expected[] = {
+      {8, 16, 32, 8, 4, 1},    // 256 tiles of a head would be two waves
+      {32, 16, 64, 8, 8, 1},   // a whole group
+      {32, 1, 64, 4, 16, 1},   // the most
+      {32, 16, 48, 8, 2, 1},   // groups of 6
+      {32, 33, 64, 8, 8, 3},   // 264 rows: fewer tiles than of 2 or 4 heads
+      {32, 64, 64, 8, 2, 1},   // full already
+      {32, 16, 56, 8, 1, 1},   // groups of 7
+      {32, 16, 32, 32, 1, 1},  // as many KV heads
+      {32, 65, 64, 8, 1, 1},   // more than half of a tile's rows
+      {4, 16, 32, 8, 1, 1},    // one wave in any case
+  };
+  for (const auto& [batch, q_len, num_q_heads, num_kv_heads, heads_of_tile, num_tiles] : expected) {
+    const Call call = few_rows(batch, q_len, num_q_heads, num_kv_heads);
+    const cuda::Sm90AttentionFwdParams params = params_of(launch_of(call));
+    SCOPED_TRACE(std::to_string(q_len) + " rows, " + std::to_string(num_q_heads) + " heads");
+    EXPECT_EQ(1 << params.head_shift, heads_of_tile);
+    EXPECT_EQ(params.num_tiles, num_tiles);
+    EXPECT_EQ(params.num_heads, static_cast<unsigned>(batch * num_q_heads / heads_of_tile));
+    EXPECT_EQ(params.num_tiles_in_all, params.num_heads * static_cast<unsigned>(num_tiles));
+    EXPECT_EQ(params.num_q_heads, num_q_heads);
+    EXPECT_EQ(params.section_heads, 1);
+  }
+}
+
+TEST_F(Sm90AttentionFwdTilesTest, HeadsShareNoTilesWhereRowsDifferInMore) {
+  const Call call = few_rows(32, 16, 32, 8);
+  AttentionForwardArgs args = args_of(call);
+  args.alibi_slopes = tensor(call, DType::kFloat32, {32}, 7);
+  EXPECT_EQ(params_of(launch_of(call, args)).head_shift, 0);
+  args = args_of(call);
+  args.q_segment_ids = tensor(call, DType::kInt32, {32, 16}, 7);
+  args.kv_segment_ids = tensor(call, DType::kInt32, {32, 500}, 8);
+  EXPECT_EQ(params_of(launch_of(call, args)).head_shift, 0);
+  Call packed = few_rows(32, 16, 32, 8);
+  packed.is_varlen = true;
+  EXPECT_EQ(params_of(launch_of(packed)).head_shift, 0);
+}
+
+TEST_F(Sm90AttentionFwdTilesTest, MapsOfHeadsThatShareTiles) {
+  const Call call = few_rows(32, 20, 24, 6);
+  AttentionForwardArgs args = args_of(call);
+  args.q.strides = {24 * 20 * 128, 128, 20 * 128, 1};  // heads before tokens
+  const cuda::Sm90AttentionFwdParams params = params_of(launch_of(call, args));
+  ASSERT_EQ(params.head_shift, 2);
+  const TensorMapContents q = contents_of(params.q_map), out = contents_of(params.out_map);
+  EXPECT_EQ(sizes_of(q), (Sizes{128, 4, 20, 6, 32}));
+  EXPECT_EQ(strides_of(q), (Sizes{20 * 256, 256, 4 * 20 * 256, 24 * 20 * 256}));
+  EXPECT_EQ(box_of(q), (Sizes{64, 4, 16, 1, 1}));
+  EXPECT_EQ(sizes_of(out), (Sizes{128, 4, 20, 6, 32}));
+  EXPECT_EQ(strides_of(out), (Sizes{256, 24 * 256, 4 * 256, 20 * 24 * 256}));
+  EXPECT_EQ(box_of(out), (Sizes{64, 4, 4, 1, 1}));
+  EXPECT_EQ(sizes_of(contents_of(params.k_map)), (Sizes{128, 500, 6, 32}));
+}
+
+TEST_F(Sm90AttentionFwdTilesTest, PacksOfHeadsTooFarApart) {
+  const Call call = few_rows(32, 16, 32, 8);
+  AttentionForwardArgs args = args_of(call);
+  args.q.strides[2] = int64_t{1} << 36;
+  EXPECT_TRUE(is_by_sm90(launch_of(call, args)));
+  args.q.strides[2] = int64_t{1} << 38;  // of four: 2^41 bytes
+  EXPECT_FALSE(is_by_sm90(launch_of(call, args)));
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// The order of tiles. Values as they were measured (docs/kernel-notes.md), 16384 tokens and 16 heads in all.
+
+TEST_F(Sm90AttentionFwdTilesTest, OrderOfTilesUnderACausalMask) {
+  const struct {
+    int64_t length;
+    int section_heads;
+    unsigned tail_heads;
+  } expected[] = {{512, 1, 64}, {1024, 4, 64}, {2048, 8, 32}, {4096, 16, 0}, {8192, 8, 0}, {16384, 4, 0}};
+  for (const auto& [length, section_heads, tail_heads] : expected) {
+    Call call{.batch = 16384 / length, .q_len = length, .kv_len = length, .num_q_heads = 16, .num_kv_heads = 16};
+    call.options.is_causal = true;
+    const cuda::Sm90AttentionFwdParams params = params_of(launch_of(call));
+    EXPECT_EQ(params.section_heads, section_heads) << length;
+    EXPECT_EQ(params.num_tail_heads, tail_heads) << length;
+    call.options.is_causal = false;
+    const cuda::Sm90AttentionFwdParams full = params_of(launch_of(call));
+    EXPECT_EQ(full.section_heads, 1) << length;
+    EXPECT_EQ(full.num_tail_heads, 0U) << length;
+  }
+}
+
+TEST_F(Sm90AttentionFwdTilesTest, LastSectionFitsL2) {
+  Call call{.batch = 16,
+            .q_len = 1024,
+            .kv_len = 1024,
+            .num_q_heads = 8,
+            .num_kv_heads = 8,
+            .head_dim = 256,
+            .head_dim_v = 256};
+  call.options.is_causal = true;
+  const cuda::Sm90AttentionFwdParams params = params_of(launch_of(call));
+  EXPECT_EQ(params.section_heads, 4);
+  EXPECT_EQ(params.num_tail_heads, 32U);
+}
+
+TEST_F(Sm90AttentionFwdTilesTest, TilesOfAllHeadsStandSideBySideInAWindow) {
+  Call call{.batch = 2, .q_len = 4096, .kv_len = 4096, .num_q_heads = 32, .num_kv_heads = 8};
+  call.options.is_causal = true;
+  call.options.window_left = 1023;
+  EXPECT_EQ(params_of(launch_of(call)).section_heads, 32);
+  call.num_q_heads = call.num_kv_heads = 256;
+  EXPECT_EQ(params_of(launch_of(call)).section_heads, 56);  // whose windows fit L2
+  call.options.window_left = std::numeric_limits<int64_t>::max() / 2;
+  EXPECT_GE(params_of(launch_of(call)).section_heads, 1);
+}
+
+}  // namespace
+}  // namespace heed
