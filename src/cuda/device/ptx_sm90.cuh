@@ -32,6 +32,16 @@ __device__ __forceinline__ void mbarrier_wait(uint32 barrier, uint32 parity) {
       "r"(parity)
       : "memory");
 }
+// Whether it has.
+__device__ __forceinline__ bool mbarrier_has_ended(uint32 barrier, uint32 parity) {
+  uint32 has_ended;
+  asm volatile(
+      "{\n.reg .pred done;\nmbarrier.test_wait.parity.shared::cta.b64 done, [%1], %2;\nselp.u32 %0, 1, 0, done;\n}"
+      : "=r"(has_ended)
+      : "r"(barrier), "r"(parity)
+      : "memory");
+  return has_ended != 0;
+}
 
 // What was written to shared memory before can be read by tensor copies and warpgroup products.
 __device__ __forceinline__ void fence_async_shared() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }

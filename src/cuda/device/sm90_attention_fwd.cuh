@@ -20,13 +20,14 @@
 // and as long as their sums stay below 2^60 (fp16: 2^15, which P must hold) nothing is lost, since sums and outputs
 // are float32 and refer to the same. Otherwise the warp computes the step's scores once more, finds new references and
 // scales its output down: rare, and in registers that are free at that point. Masks take instructions at the ends of
-// the rows' keys only. A step is about 355 instructions a warp, 370 with masks, a third of what can be issued.
+// the rows' keys only. A step is about 345 instructions a warp, 360 with masks, a third of what can be issued.
 //
 // Copies. K and V take turns in one ring of slots, each 128 keys of one of them, 32 KiB; a slot is free when all warps
 // have released it. That of K is released after the check of the sums, since a redo reads it. Q of the next tile is on
-// its way once this tile's first product, which has Q in registers, has been issued. The output has shared memory of
-// its own, from which each warp has its 16 rows copied while the next tile is computed. Tensor maps swizzle rows of 128
-// bytes, give zeros where a sequence ends (0 * NaN is NaN) and write nothing beyond.
+// its way once this tile's first product, which has Q in registers, has been issued; keys that can be loaded before
+// are not held up by it. The output has shared memory of its own, from which each warp has its 16 rows copied while the
+// next tile is computed. Tensor maps swizzle rows of 128 bytes, give zeros where a sequence ends (0 * NaN is NaN) and
+// write nothing beyond.
 //
 // Order. Tiles are taken from a counter: fixed shares drift apart under a causal mask. A tile's first steps do not
 // depend on the tile before, so that outputs have the same bits whichever block computes it.
@@ -394,9 +395,8 @@ struct Sm90AttentionFwd {
     return ((zeros[0] | zeros[1] | zeros[2] | zeros[3]) & 0x7fff7fffu) == 0;
   }
 
-  // By way of shared memory.
-  static __device__ __forceinline__ void copy_out(const Lane& lane, const Params& params,
-                                                  const typename Load::Place& place, const OutWords& words) {
+  // By way of shared memory: there, when the copy before has read it, ...
+  static __device__ __forceinline__ void stage_out(const Lane& lane, const OutWords& words) {
     const uint32 base = Load::memory_at(kLayout.out) + lane.warp * kWarpOutBytes;
     if (lane.lane == 0) ptx::bulk_wait_read<0>();
     __syncwarp();
@@ -408,6 +408,11 @@ struct Sm90AttentionFwd {
                        words[i / 2][0], words[i / 2][1], words[i / 2][2], words[i / 2][3]);
     }
     ptx::fence_async_shared();
+  }
+  // ... and from there.
+  static __device__ __forceinline__ void copy_out(const Lane& lane, const Params& params,
+                                                  const typename Load::Place& place) {
+    const uint32 base = Load::memory_at(kLayout.out) + lane.warp * kWarpOutBytes;
     __syncwarp();
     if (lane.lane == 0) {
 #pragma unroll
@@ -456,12 +461,16 @@ struct Sm90AttentionFwd {
     scale_out(factor, out);
     OutWords words;
     pack(out, words);
+    // What it waits for passes under the test. (With segments, registers would be spilled.)
+    constexpr bool kStagesFirst = kHasQInRegisters && !kSpec.has_segment_ids;
+    if constexpr (kStagesFirst) stage_out(lane, words);
     if (__any_sync(0xffffffffu, !are_finite(words))) {
       task.is_left[lane.warp] = true;
       return;
     }
     if constexpr (kHasQInRegisters) {
-      copy_out(lane, params, task.q, words);
+      if constexpr (!kStagesFirst) stage_out(lane, words);
+      copy_out(lane, params, task.q);
     } else {
       write_out(lane, params, task, words);
     }
@@ -525,8 +534,8 @@ struct Sm90AttentionFwd {
       load_q(q_from, q);
       return true;
     };
-    // Once the first product has been issued, Q is in registers. Reads that have only been issued may come later than a
-    // copy that overwrites what they are to read, because products keep shared memory busy.
+    // Not before the tile's first product has been issued, which waits for Q's registers. Reads that have only been
+    // issued may come later than a copy that overwrites what they are to read: products keep shared memory busy.
     const auto release_q = [&] {
       if constexpr (kHasQInRegisters) release(Load::q_free());
     };
@@ -606,15 +615,20 @@ struct Sm90AttentionFwd {
       multiply_qk(q, q_tile, k.tile(), scores);
       ptx::wgmma_commit();
       ring.advance();
+      Steps full;
+      const auto end_rows = [&] {
+        full = in_full();
+        if (!is_first) return;
+        release_q();
+        close_rows(Lane(), params, Load::task(number - 1), rows, factor, lse);
+      };
+      // Under that product, for V may not be there yet. (With segments, registers would be spilled.)
+      if constexpr (!kSpec.has_segment_ids) end_rows();
       ptx::mbarrier_wait(ring.full(), ring.phase);
       ptx::wgmma_fence();  // of the probabilities: they have changed since the last product that read them
       multiply_pv(p, ring.tile(), has_out, out);
       ptx::wgmma_commit();
-      const Steps full = in_full();
-      if (is_first) {
-        release_q();
-        close_rows(Lane(), params, Load::task(number - 1), rows, factor, lse);
-      }
+      if constexpr (kSpec.has_segment_ids) end_rows();
       load_ids(is_first);
       if constexpr (kIsUpToDate) {
         ptx::wgmma_wait<0>(scores, out);  // what happens to scores takes the registers of the probabilities

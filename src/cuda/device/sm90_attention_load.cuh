@@ -364,7 +364,8 @@ struct Sm90AttentionLoad {
       const Place q = task(number).q, kv = task(number).kv;
       const bool is_tile = steps.begin < steps.end;
       int step = steps.begin;
-      if constexpr (!kTile.has_q_in_registers) {
+      const uint32 q_parity = (number & 1) ^ 1;
+      if (!ptx::mbarrier_has_ended(q_free(), q_parity)) {
         // The tile before still needs its Q: what can be loaded first, is.
         if (is_tile) load_slot<kQkParts>(ring, params.k_map, kv, step * kKvRows);
         if (has_v) load_slot<kVParts>(ring, params.v_map, v_place, v_row);
@@ -373,7 +374,7 @@ struct Sm90AttentionLoad {
         v_place = kv;
         ++step;
       }
-      ptx::mbarrier_wait(q_free(), (number & 1) ^ 1);
+      ptx::mbarrier_wait(q_free(), q_parity);
       if (!is_tile) break;
       ptx::mbarrier_arrive(task_free());
       ptx::mbarrier_arrive_expect(q_full(), kNumConsumers * kLayout.q_bytes);

@@ -151,6 +151,12 @@ class Hopper final : public AsyncEngine {
     wait_until(parity == 0 ? "phase 0 of the mbarrier" : "phase 1 of the mbarrier", address,
                [&] { return at(address).phase % 2 != parity; });
   }
+  bool has_ended(uint32_t address, uint32_t parity) {
+    at(address);
+    if (parity > 1) fail("a parity that is neither 0 nor 1");
+    if (block.random() % 4 == 0) give_way();
+    return at(address).phase % 2 != parity;
+  }
 
   void sync_named(int id, int num_threads) {
     const unsigned generation = arrive_named(id, num_threads);

@@ -16,6 +16,7 @@ inline void fence_mbarrier_init() { emulation::hopper.fence_barriers(); }
 inline void mbarrier_arrive(uint32 barrier) { emulation::hopper.arrive(barrier); }
 inline void mbarrier_arrive_expect(uint32 barrier, int num_bytes) { emulation::hopper.arrive(barrier, num_bytes); }
 inline void mbarrier_wait(uint32 barrier, uint32 parity) { emulation::hopper.wait(barrier, parity); }
+inline bool mbarrier_has_ended(uint32 barrier, uint32 parity) { return emulation::hopper.has_ended(barrier, parity); }
 
 inline void fence_async_shared() { emulation::hopper.fence_proxy(); }
 
