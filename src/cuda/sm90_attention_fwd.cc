@@ -319,7 +319,7 @@ void sm90_attention_fwd(const AttentionProblem& problem, const AttentionForwardA
     params.next_tile = static_cast<unsigned*>(args.workspace.data);
     set_nonce(params);
   }
-  launch(kernel, {.grid_x = num_blocks, .stream = args.stream}, &params);
+  launch(kernel, {.grid_x = num_blocks, .stream = args.stream, .overlaps_previous = true}, &params);
 }
 
 std::vector<KernelSpec> sm90_attention_fwd_common_specs() {

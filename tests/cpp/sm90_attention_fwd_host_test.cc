@@ -56,6 +56,7 @@ TEST_F(Sm90AttentionFwdHostTest, OneBlockPerMultiprocessorAndACounter) {
   EXPECT_EQ(launch.grid[1] * launch.grid[2], 1U);
   EXPECT_TRUE(is_by_sm90(launch));
   EXPECT_EQ(launch.cluster, 1U);
+  EXPECT_TRUE(launch.overlaps_previous);
   EXPECT_EQ(launch.device, kHopper);
   EXPECT_EQ(launch.stream, args.stream);
   const cuda::Sm90AttentionFwdParams params = params_of(launch);
@@ -85,7 +86,7 @@ TEST_F(Sm90AttentionFwdHostTest, AsksTheDriverForMapsAndALaunch) {
   std::vector<std::string> calls = fake_driver().calls;
   std::erase_if(calls, [](const std::string& name) { return name.starts_with("cuCtx"); });
   EXPECT_EQ(calls, (std::vector<std::string>{"cuTensorMapEncodeTiled", "cuTensorMapEncodeTiled",
-                                             "cuTensorMapEncodeTiled", "cuTensorMapEncodeTiled", "cuLaunchKernel"}));
+                                             "cuTensorMapEncodeTiled", "cuTensorMapEncodeTiled", "cuLaunchKernelEx"}));
 }
 
 TEST_F(Sm90AttentionFwdHostTest, FixedSharesWithoutAWorkspace) {
@@ -333,7 +334,7 @@ TEST_F(Sm90AttentionFwdHostTest, WhatCudaRefusesIsAnError) {
   const Call call;
   const AttentionForwardArgs args = with_workspace(call, args_of(call));
   launch_of(call, args);
-  for (const char* name : {"cuTensorMapEncodeTiled", "cuLaunchKernel"}) {
+  for (const char* name : {"cuTensorMapEncodeTiled", "cuLaunchKernelEx"}) {
     fake_driver() = FakeDriver();
     fake_driver().failing_call = name;
     try {

@@ -179,7 +179,7 @@ TEST_F(XlaHandlerWithKernel, ExecuteOnHopperMakesMapsAndLaunches) {
     EXPECT_EQ(fake_driver().calls,
               (std::vector<std::string>{"cuCtxGetCurrent", "cuCtxPushCurrent", "cuTensorMapEncodeTiled",
                                         "cuTensorMapEncodeTiled", "cuTensorMapEncodeTiled", "cuTensorMapEncodeTiled",
-                                        "cuLaunchKernel", "cuCtxPopCurrent"}));
+                                        "cuLaunchKernelEx", "cuCtxPopCurrent"}));
     ASSERT_EQ(fake_driver().launches.size(), 1U);
     EXPECT_EQ(fake_driver().launches[0].stream, fake_stream(4711));
   }

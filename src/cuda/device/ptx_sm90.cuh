@@ -46,6 +46,10 @@ __device__ __forceinline__ bool mbarrier_has_ended(uint32 barrier, uint32 parity
 // What was written to shared memory before can be read by tensor copies and warpgroup products.
 __device__ __forceinline__ void fence_async_shared() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
+// Has the map at hand for copies.
+__device__ __forceinline__ void prefetch_tensor_map(const TensorMap& map) {
+  asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
+}
 // Copies the map's box at these coordinates (elements; the innermost axis first) to shared memory, zeros where the
 // tensor ends, and counts the bytes of the whole box on the barrier.
 __device__ __forceinline__ void tma_load(uint32 to, const TensorMap& map, uint32 barrier, int c0, int c1, int c2,

@@ -672,7 +672,10 @@ struct Sm90AttentionFwd {
   static __device__ __forceinline__ void run(const Params& params) {
     const int warp = __shfl_sync(0xffffffffu, ptx::thread_index() >> 5, 0);
     if (ptx::thread_index() == 0) Load::make_barriers();
+    if (ptx::thread_index() == 32) Load::prefetch_maps(params);
     __syncthreads();
+    // Up to here the launch overlaps the previous kernel: nobody reads or writes memory before it has ended.
+    if (warp != kNumConsumers * 4) ptx::wait_for_previous_kernel();
     if (warp >= kNumConsumers * 4) {
       ptx::decrease_registers<kProducerRegisters>();
       if (warp == kNumConsumers * 4) Load::plan(params);

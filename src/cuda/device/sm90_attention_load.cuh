@@ -129,6 +129,13 @@ struct Sm90AttentionLoad {
     ptx::fence_mbarrier_init();
   }
 
+  static __device__ __forceinline__ void prefetch_maps(const Params& params) {
+    ptx::prefetch_tensor_map(params.q_map);
+    ptx::prefetch_tensor_map(params.k_map);
+    ptx::prefetch_tensor_map(params.v_map);
+    if constexpr (kTile.has_q_in_registers) ptx::prefetch_tensor_map(params.out_map);
+  }
+
   // -------------------------------------------------------------------------------------------------------------------
   // Plan: one warp.
 
@@ -271,6 +278,7 @@ struct Sm90AttentionLoad {
     ptx::mbarrier_wait(task_done(number), (number / kNumTasks & 1) ^ 1);
   }
 
+  // It waits for the previous kernel itself: the first time, others take none.
   static __device__ __forceinline__ void plan(const Params& params) {
     const bool is_lane_0 = (ptx::thread_index() & 31) == 0;
     Turns turns;
@@ -280,9 +288,11 @@ struct Sm90AttentionLoad {
       AttentionWork work;
       bool is_tile = true;
       if constexpr (kSpec.is_varlen) {
+        ptx::wait_for_previous_kernel();
         is_tile = varlen_work<kQRows>(params, index, work);
       } else {
-        work = dense_tile(params, index);
+        work = dense_tile(params, index);  // of parameters alone
+        ptx::wait_for_previous_kernel();
       }
       if (is_tile) {
         variants::Range keys = {0, work.kv_len};
@@ -315,6 +325,8 @@ struct Sm90AttentionLoad {
       if (is_lane_0) next = turns.take(params, index);
       index = __shfl_sync(0xffffffffu, next, 0);
     }
+    // Its blocks come as those of this launch end: next to one of them there are no registers to speak of.
+    ptx::let_next_kernel_start();
     wait_for_record(number);
     if (is_lane_0) {
       task(number).steps = {0, 0};
