@@ -220,9 +220,9 @@ TEST_F(XlaHandlerWithKernel, EveryDeviceGetsItsOwn) {
 TEST_F(XlaHandlerWithKernel, AFailedLaunchIsAnError) {
   const auto call = make_call(problem_text("4,8,2,64"));
   expect_success(heed_xla_attention_fwd_cuda(&call->frame(heed::xla::kInitialize)));
-  fake_driver().failing_call = "cuLaunchKernel";
+  fake_driver().failing_call = "cuLaunchKernelEx";
   expect_error(heed_xla_attention_fwd_cuda(&call->frame(heed::xla::kExecute)), heed::xla::kInternal,
-               "cuLaunchKernel failed: invalid argument (CUDA_ERROR_INVALID_VALUE)");
+               "cuLaunchKernelEx failed: invalid argument (CUDA_ERROR_INVALID_VALUE)");
 }
 
 // Only launches here too, as many as the pass has kernels; the context is pushed for none of them.
