@@ -157,7 +157,21 @@ def _few_rows() -> list[Spec]:
     return specs
 
 
-NAMED: list[Spec] = [*_every_spec_at_128(), *_at_every_head_dim(), *_many_tiles(), *_few_rows()]
+def _tiles_in_parts() -> list[Spec]:
+    """Fewer tiles than multiprocessors, or some more than a round of them: blocks share tiles by steps."""
+    few: dict[str, Any] = {"batch": 1, "q_len": 200, "kv_len": 6000, "num_q_heads": 6, "num_kv_heads": 2}
+    some: dict[str, Any] = {"batch": 1, "q_len": 1100, "kv_len": 1700, "num_q_heads": 16, "num_kv_heads": 4}
+    return [
+        AttentionSpec("parts_few", head_dim_qk=128, dtype="bfloat16", **few),
+        AttentionSpec("parts_few_float16", head_dim_qk=64, dtype="float16", sinks=True, **few),
+        AttentionSpec("parts_few_large_logits", head_dim_qk=128, dtype="bfloat16", numbers="large_logits", **few),
+        AttentionSpec("parts_few_nan_visible", head_dim_qk=128, dtype="bfloat16", numbers="nan_visible", **few),
+        AttentionSpec("parts_some", head_dim_qk=128, dtype="float16", **some),
+        AttentionSpec("parts_some_d80", head_dim_qk=80, dtype="bfloat16", sinks=True, **some),
+    ]
+
+
+NAMED: list[Spec] = [*_every_spec_at_128(), *_at_every_head_dim(), *_many_tiles(), *_few_rows(), *_tiles_in_parts()]
 NAMED_BY_NAME: dict[str, Spec] = {spec.name: spec for spec in NAMED}
 assert len(NAMED_BY_NAME) == len(NAMED), "spec names must be unique"
 

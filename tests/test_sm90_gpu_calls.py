@@ -32,7 +32,8 @@ HALF = AttentionSpec("sm90_half", 2, 300, 300, 32, 32, 128, dtype="float16")
 PACKED = VarlenSpec("sm90_packed", (300, 5, 0, 129, 401), num_q_heads=24, num_kv_heads=8, head_dim_qk=128,
                     dtype="bfloat16", is_causal=True)  # fmt: skip
 FEW = AttentionSpec("sm90_few", 1, 100, 150, 4, 4, 128, dtype="bfloat16", is_causal=True)
-EVERY = {spec.name: spec for spec in (DENSE, HALF, PACKED, FEW)}
+PARTS = AttentionSpec("sm90_parts", 1, 200, 6000, 6, 2, 128, dtype="bfloat16")  # tiles that blocks share by steps
+EVERY = {spec.name: spec for spec in (DENSE, HALF, PACKED, FEW, PARTS)}
 
 
 @pytest.fixture
@@ -168,7 +169,7 @@ def test_operands_that_repeat_in_memory(torch: Any) -> None:
 
 
 @pytest.mark.parametrize("name", EVERY)
-def test_only_outputs_and_a_small_workspace_are_allocated(name: str, torch: Any) -> None:
+def test_only_outputs_and_the_workspace_are_allocated(name: str, torch: Any) -> None:
     call = call_of(EVERY[name])
     require_served(call)
     function, operands = bound(call)
@@ -182,23 +183,23 @@ def test_only_outputs_and_a_small_workspace_are_allocated(name: str, torch: Any)
     results = function(*operands)
     allocated = torch.cuda.memory_stats()["allocation.all.allocated"] - before
     assert allocated == 2 + (explained.workspace_bytes > 0) and all(x.is_contiguous() for x in results)
-    assert explained.workspace_bytes <= 4096
+    assert explained.workspace_bytes <= (4096 if name != PARTS.name else 2**25)
 
 
 def test_whatever_the_workspace_held(torch: Any) -> None:
-    """The counter of tiles starts from memory that nobody has cleared: garbage, or what another launch left there."""
+    """Counters and flags start from memory that nobody has cleared: garbage, or what another launch left there."""
     calls = []
-    for spec in (DENSE, HALF, PACKED):
+    for spec in (DENSE, HALF, PACKED, PARTS):
         require_served(call_of(spec))
         function, operands = bound(call_of(spec))
         calls.append((function, operands, function(*operands)))
     rng = np.random.default_rng(0)
     for i in range(150):
         value = (0, -1, 1, 2**31 - 1, 0x7FC00000, int(rng.integers(-(2**31), 2**31)))[i % 6]
-        poison = [torch.full((4 * n,), value, dtype=torch.int32, device="cuda") for n in (1, 2, 4, 16, 64, 128)]
+        poison = [torch.full((4 * n,), value, dtype=torch.int32, device="cuda") for n in (1, 2, 4, 16, 64, 128, 2**21)]
         if i % 5 != 4:  # otherwise the last launch's is still there
             del poison
-        function, operands, want = calls[int(rng.integers(3))]
+        function, operands, want = calls[int(rng.integers(4))]
         assert same(torch, function(*operands), want), f"call {i}, over {value}"
 
 

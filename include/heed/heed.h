@@ -167,9 +167,9 @@ struct AttentionForwardArgs {
 // args.stream, and the first one of its kind finds or compiles its kernel.
 HEED_API void attention_forward(const AttentionForwardArgs& args, const AttentionOptions& options = {});
 
-// The bytes of `workspace` that a call of attention_forward has a use for: 0 for most kernels. Results are the same
-// without it, but may come later. Calls that may run at the same time need one each. The operands need no memory, and
-// `out` and `lse` need not be there.
+// The bytes of `workspace` that a call of attention_forward has a use for: 0 for most kernels. Without it, results may
+// come later and be rounded differently. Calls that may run at the same time need one each. The operands need no
+// memory, and `out` and `lse` need not be there.
 HEED_API int64_t attention_forward_workspace_bytes(const AttentionForwardArgs& args,
                                                    const AttentionOptions& options = {});
 

@@ -24,7 +24,7 @@ static_assert(kTensorMapColumns == kPartColumns);
 
 constexpr int64_t kMaxTiles = std::numeric_limits<int32_t>::max();
 constexpr int kQBoxRows = 64, kOutBoxRows = 16;  // what a warpgroup reads, what a warp writes
-constexpr int64_t kCounterFloats = 4;
+constexpr int64_t kCounterBytes = 16;
 // Calls of no more tiles need no counter: on any Hopper GPU that is not divided, each block has one of them.
 constexpr int64_t kFewTiles = 64;
 
@@ -58,7 +58,8 @@ int head_shift_of(const AttentionProblem& problem, int64_t q_rows) {
   return best;
 }
 
-Sm90AttentionFwdSpec make_spec(const AttentionProblem& problem) {
+// The kernel's variant of a problem, but for whether it splits.
+Sm90AttentionFwdSpec make_whole_spec(const AttentionProblem& problem) {
   Sm90AttentionFwdSpec spec;
   spec.element = element_of(problem.dtype);
   spec.head_dim_qk = static_cast<int>(problem.head_dim_qk);
@@ -70,6 +71,7 @@ Sm90AttentionFwdSpec make_spec(const AttentionProblem& problem) {
   spec.scales_first = scales_first(problem);
   // Without a mask, scores that are transformed would spill at head dim 128; with one that hides nothing they do not.
   spec.has_mask = problem.window_left >= 0 || problem.window_right >= 0 || spec.has_score_transform();
+  spec.packs_heads = head_shift_of(problem, sm90_attention_fwd_tile(spec).q_rows()) > 0;
   return spec;
 }
 
@@ -84,6 +86,7 @@ KernelSpec to_kernel_spec(const Sm90AttentionFwdSpec& spec) {
                                     .flag("has_alibi", spec.has_alibi)
                                     .flag("scales_first", spec.scales_first)
                                     .flag("packs_heads", spec.packs_heads)
+                                    .flag("splits_steps", spec.splits_steps)
                                     .str()};
 }
 
@@ -117,9 +120,81 @@ std::string_view partly_shared_operand(const AttentionProblem& problem) {
 
 // In double: the product may not fit 64 bits.
 double num_tiles_in_all(const AttentionProblem& problem) {
-  const int q_rows = sm90_attention_fwd_tile(make_spec(problem)).q_rows();
+  const int q_rows = sm90_attention_fwd_tile(make_whole_spec(problem)).q_rows();
   return static_cast<double>(num_row_tiles(problem, problem.q_len, q_rows)) *
          static_cast<double>(problem.num_heads_in_all());
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// The last tiles, shared out by steps (sm90_attention_fwd_spec.h).
+
+struct Cut {
+  int64_t num_whole_tiles = 0, num_parts = 0;  // no parts: all tiles are whole
+};
+
+constexpr bool may_split(const Sm90AttentionFwdSpec& spec) {
+  return !spec.is_varlen && !spec.has_mask && !spec.has_segment_ids && !spec.has_score_transform() &&
+         !spec.packs_heads && sm90_attention_fwd_tile(spec).has_q_in_registers;
+}
+
+// The cut of least time, counted in steps. Parts cost: some steps' time to leave them, to look for those of others and
+// to merge them, and a share of it for each part of a tile. So a tile is cut the finer the more steps it has; and with
+// few tiles beyond the last full round, that round's are cut too, in longer parts.
+Cut cut_of(int64_t num_tiles, int64_t num_steps, int64_t num_blocks) {
+  constexpr double kStepsOfMerge = 6.0, kStepsOfPart = 0.5;
+  Cut best{num_tiles, 0};
+  if (num_tiles % num_blocks == 0) return best;
+  const auto steps = static_cast<double>(num_steps);
+  const int64_t parts_of_tile =
+      std::min<int64_t>(static_cast<int64_t>(std::sqrt(steps / kStepsOfPart)), kSm90MaxPartsOfTile - 1);
+  const int64_t num_rounds = num_tiles / num_blocks;
+  double least = static_cast<double>(num_rounds + 1) * steps - 1.0;  // for less it is not worth its workspace
+  for (const int64_t rounds : {num_rounds, num_rounds - 1}) {
+    const int64_t whole = rounds * num_blocks, tiles = num_tiles - whole;
+    const int64_t parts = std::min(num_blocks, tiles * parts_of_tile);
+    if (rounds < 0 || parts == 0 || parts == tiles) continue;
+    if (num_steps > std::numeric_limits<uint32_t>::max() / (tiles * parts)) continue;
+    const double parts_here = static_cast<double>(parts) / static_cast<double>(tiles);  // of a tile
+    const double time = static_cast<double>(rounds) * steps + std::ceil(steps / parts_here) + kStepsOfMerge +
+                        kStepsOfPart * (parts_here + 1);
+    if (time < least) {
+      least = time;
+      best = {whole, parts};
+    }
+  }
+  return best;
+}
+
+int64_t num_slots_of(const Cut& cut, int64_t num_tiles) {
+  return cut.num_parts == 0 ? 0 : num_tiles - cut.num_whole_tiles + cut.num_parts - 1;
+}
+
+// How tiles are cut follows from the GPU's number of multiprocessors, but the kernel and the size of the workspace from
+// the problem alone: they are planned for this many, and a GPU that needs more slots cuts none.
+constexpr int64_t kPlannedBlocks = 132;
+
+int64_t num_steps_of(const AttentionProblem& problem, const Sm90AttentionFwdSpec& spec) {
+  return num_row_tiles(problem, problem.kv_len, sm90_attention_fwd_tile(spec).kv_rows);
+}
+
+int64_t planned_slots(const AttentionProblem& problem) {
+  const Sm90AttentionFwdSpec spec = make_whole_spec(problem);
+  if (!may_split(spec)) return 0;
+  const auto num_tiles = static_cast<int64_t>(num_tiles_in_all(problem));
+  return num_slots_of(cut_of(num_tiles, num_steps_of(problem, spec), kPlannedBlocks), num_tiles);
+}
+
+Sm90AttentionFwdSpec make_spec(const AttentionProblem& problem) {
+  Sm90AttentionFwdSpec spec = make_whole_spec(problem);
+  spec.splits_steps = planned_slots(problem) > 0;
+  return spec;
+}
+
+// The counter, then, from the next multiple of 128 on, the slots.
+constexpr int64_t kSlotAlignment = 128;
+char* slots_in(void* workspace) {
+  const uintptr_t end = reinterpret_cast<uintptr_t>(workspace) + kCounterBytes;
+  return reinterpret_cast<char*>((end + kSlotAlignment - 1) / kSlotAlignment * kSlotAlignment);
 }
 
 // What the kernel cannot do.
@@ -180,6 +255,8 @@ TileOrder order_of(const AttentionProblem& problem, int64_t num_heads, int q_row
 struct Prepared {
   Sm90AttentionFwdParams params{};
   Sm90AttentionFwdTile tile{};
+  int64_t num_steps = 0;  // of a tile
+  int64_t num_slots = 0;  // that the workspace has; 0: the kernel does not split
   Variant variant;
   // The portable kernel, for operands that TMA cannot copy; made when one is met.
   std::once_flag fallback_once;
@@ -272,24 +349,31 @@ std::string sm90_attention_fwd_declines(const AttentionProblem& problem, const T
 }
 
 int64_t sm90_attention_fwd_workspace(const AttentionProblem& problem) {
-  return num_tiles_in_all(problem) > static_cast<double>(kFewTiles) ? kCounterFloats : 0;
+  const int64_t num_slots = planned_slots(problem);
+  if (num_slots == 0) {
+    return num_tiles_in_all(problem) > static_cast<double>(kFewTiles) ? kCounterBytes / 4 : 0;
+  }
+  const int64_t bytes = kSlotAlignment + num_slots * sm90_attention_fwd_slot_bytes(make_whole_spec(problem));
+  const int64_t bytes_per_head = (bytes - 1) / problem.num_heads_in_all() + 1;
+  return (bytes_per_head + kCounterBytes - 1) / kCounterBytes * kCounterBytes / 4;
 }
 
 std::shared_ptr<void> prepare_sm90_attention_fwd(const AttentionProblem& problem) {
   auto prepared = std::make_shared<Prepared>();
-  Sm90AttentionFwdSpec spec = make_spec(problem);
+  const Sm90AttentionFwdSpec spec = make_spec(problem);
+  prepared->variant.spec = to_kernel_spec(spec);
+  prepared->num_steps = num_steps_of(problem, spec);
+  prepared->num_slots = planned_slots(problem);
   prepared->tile = sm90_attention_fwd_tile(spec);
   Sm90AttentionFwdParams& params = prepared->params;
   params.head_shift = head_shift_of(problem, prepared->tile.q_rows());
-  spec.packs_heads = params.head_shift > 0;
-  prepared->variant.spec = to_kernel_spec(spec);
   set_problem(params, problem, problem.num_q_heads >> params.head_shift, 0);
   const TileOrder order = spec.packs_heads ? TileOrder{} : order_of(problem, params.num_heads, prepared->tile.q_rows());
   params.section_heads = static_cast<int>(order.section_heads);
   params.num_tail_heads = static_cast<unsigned>(order.tail_heads);
   const int64_t num_rows = problem.q_len << params.head_shift;
   params.num_tiles = static_cast<int>(num_row_tiles(problem, num_rows, prepared->tile.q_rows()));
-  params.num_tiles_in_all = static_cast<unsigned>(params.num_tiles) * params.num_heads;
+  params.num_tiles_in_all = params.num_whole_tiles = static_cast<unsigned>(params.num_tiles) * params.num_heads;
   return prepared;
 }
 
@@ -313,11 +397,20 @@ void sm90_attention_fwd(const AttentionProblem& problem, const AttentionForwardA
     return;
   }
   const LoadedKernel& kernel = of_problem.variant.load_on(args.q.device.index);
-  const int64_t num_blocks =
-      std::clamp<int64_t>(multiprocessor_count(args.q.device.index), 1, int64_t{params.num_tiles_in_all});
+  const int64_t num_multiprocessors = std::max(multiprocessor_count(args.q.device.index), 1);
+  if (of_problem.num_slots > 0 && args.workspace.data != nullptr) {
+    const Cut cut = cut_of(params.num_tiles_in_all, of_problem.num_steps, num_multiprocessors);
+    if (cut.num_parts > 0 && num_slots_of(cut, params.num_tiles_in_all) <= of_problem.num_slots) {
+      params.num_whole_tiles = static_cast<unsigned>(cut.num_whole_tiles);
+      params.num_tiles_in_all = static_cast<unsigned>(cut.num_whole_tiles + cut.num_parts);
+      params.slots = slots_in(args.workspace.data);
+      set_nonce(params);
+    }
+  }
+  const int64_t num_blocks = std::min(num_multiprocessors, int64_t{params.num_tiles_in_all});
   if (num_blocks < int64_t{params.num_tiles_in_all} && args.workspace.data != nullptr) {
     params.next_tile = static_cast<unsigned*>(args.workspace.data);
-    set_nonce(params);
+    if (params.slots == nullptr) set_nonce(params);
   }
   launch(kernel, {.grid_x = num_blocks, .stream = args.stream, .overlaps_previous = true}, &params);
 }
@@ -331,7 +424,10 @@ std::vector<KernelSpec> sm90_attention_fwd_common_specs() {
       spec.has_mask = has_mask;
       (change(spec), ...);
       if (spec.has_score_transform() && !has_mask) continue;  // no call has it: make_spec
-      if (has_tile(spec.head_dim_qk, spec.head_dim_v)) specs.push_back(to_kernel_spec(spec));
+      if (!has_tile(spec.head_dim_qk, spec.head_dim_v)) continue;
+      specs.push_back(to_kernel_spec(spec));
+      spec.splits_steps = may_split(spec);
+      if (spec.splits_steps) specs.push_back(to_kernel_spec(spec));
     }
   };
   for (const Element element : {Element::kBFloat16, Element::kFloat16}) {

@@ -22,6 +22,8 @@ struct Sm90AttentionFwdSpec {
   // A tile has rows of several heads of a group, which read the same keys: for few rows a head. Not with packed
   // sequences, segment ids or ALiBi.
   bool packs_heads = false;
+  // The last tiles are shared out by steps, not whole: dense, all tiles alike, and Q in registers.
+  bool splits_steps = false;
 
   HEED_HOST_DEVICE constexpr bool has_score_transform() const { return has_softcap || has_alibi || scales_first; }
 };
@@ -86,6 +88,17 @@ HEED_HOST_DEVICE constexpr Sm90AttentionFwdLayout sm90_attention_fwd_layout(cons
   return layout;
 }
 
+// What a part of a tile leaves to whoever merges the parts: a slot of the workspace. For each warp that computes, each
+// thread's share of the output, then its references and sums, a row of 512 bytes after the other as the threads have
+// them; at the end a flag of 8 bytes for each of these warps.
+HEED_HOST_DEVICE constexpr int sm90_attention_fwd_slot_warp_bytes(const Sm90AttentionFwdSpec& spec) {
+  return (spec.head_dim_v / 8 + 1) * 512;
+}
+HEED_HOST_DEVICE constexpr int sm90_attention_fwd_slot_bytes(const Sm90AttentionFwdSpec& spec) {
+  return sm90_attention_fwd_tile(spec).num_consumers * 4 * sm90_attention_fwd_slot_warp_bytes(spec) + 128;
+}
+inline constexpr int kSm90MaxPartsOfTile = 32;  // a lane looks at each
+
 struct Sm90AttentionFwdParams : AttentionParams {
   TensorMap q_map, k_map, v_map, out_map;
   DeviceOperand out;  // [.., B, Lq, Hq, Dv]; varlen [.., Tq, Hq, Dv]
@@ -101,6 +114,12 @@ struct Sm90AttentionFwdParams : AttentionParams {
   // and of head r % 2^head_shift of them, and num_heads counts such packs. Q and the output have tensor maps of these
   // rows.
   int head_shift;
+  // Kernels that split: so many tiles are taken whole. The steps of the others, one after the other, are cut into equal
+  // parts, at least half as many as there are such tiles and no more than blocks: numbers from num_whole_tiles up to
+  // num_tiles_in_all, which counts tiles and parts here. A block takes one part, and nothing after it. Parts times
+  // their steps in all fit 32 bits, and no tile is in more than kSm90MaxPartsOfTile parts.
+  unsigned num_whole_tiles;
+  char* slots;  // of 128 bytes aligned; parts and split tiles together, less 1
 };
 
 }  // namespace heed::cuda

@@ -105,6 +105,46 @@ TEST_F(Sm90AttentionFwdHostTest, NoCounterWhereEveryBlockHasOneTile) {
   EXPECT_EQ(params_of(launch).next_tile, nullptr);
 }
 
+// The steps of the last tiles are cut into parts, which leave what they sum up in the workspace.
+void expect_cut(const Call& call, unsigned num_tiles, unsigned num_steps) {
+  const AttentionForwardArgs args = with_workspace(call, args_of(call));
+  const FakeLaunch launch = launch_of(call, args);
+  ASSERT_TRUE(is_by_sm90(launch));
+  const cuda::Sm90AttentionFwdParams params = params_of(launch);
+  ASSERT_LT(params.num_whole_tiles, num_tiles);
+  const unsigned tiles = num_tiles - params.num_whole_tiles;
+  const unsigned parts = params.num_tiles_in_all - params.num_whole_tiles;
+  EXPECT_EQ(params.num_whole_tiles % test::kFakeMultiprocessors, 0U);
+  EXPECT_LE(parts, test::kFakeMultiprocessors);
+  EXPECT_LE(tiles, 2 * parts);
+  EXPECT_LE(uint64_t{tiles} * num_steps * parts, uint64_t{0xffffffff});
+  EXPECT_LT((parts - 1) / tiles + 1, static_cast<unsigned>(cuda::kSm90MaxPartsOfTile));
+  EXPECT_EQ(launch.grid[0], params.num_whole_tiles == 0 ? parts : test::kFakeMultiprocessors);
+  EXPECT_EQ(params.next_tile, params.num_whole_tiles == 0 ? nullptr : args.workspace.data);
+  EXPECT_NE(params.nonce[0] | params.nonce[1] | params.nonce[2], 0U);
+  const auto* workspace = static_cast<const char*>(args.workspace.data);
+  EXPECT_GE(params.slots - workspace, 16);
+  EXPECT_EQ(reinterpret_cast<uintptr_t>(params.slots) % 128, 0U);
+  const int64_t slots = cuda::sm90_attention_fwd_slot_bytes({}) * static_cast<int64_t>(tiles + parts - 1);
+  EXPECT_LE(params.slots - workspace + slots, attention_forward_workspace_bytes(args, call.options));
+}
+
+TEST_F(Sm90AttentionFwdHostTest, CutsTheLastTiles) {
+  expect_cut({.batch = 1, .q_len = 100, .kv_len = 32768}, 8, 256);
+  expect_cut({.batch = 1, .q_len = 1024, .kv_len = 16384, .num_q_heads = 4, .num_kv_heads = 4}, 32, 128);
+  expect_cut({.batch = 1, .q_len = 4480, .kv_len = 4096, .num_q_heads = 4, .num_kv_heads = 4}, 140, 32);
+  expect_cut({.batch = 1, .q_len = 2500, .kv_len = 8192, .num_q_heads = 10, .num_kv_heads = 10}, 200, 64);
+}
+
+TEST_F(Sm90AttentionFwdHostTest, CutsNothingWithoutAWorkspace) {
+  const Call call{.batch = 1, .q_len = 100, .kv_len = 32768};
+  const FakeLaunch launch = launch_of(call, args_of(call));
+  EXPECT_EQ(launch.grid[0], 8U);
+  EXPECT_EQ(params_of(launch).num_whole_tiles, 8U);
+  EXPECT_EQ(params_of(launch).num_tiles_in_all, 8U);
+  EXPECT_EQ(params_of(launch).slots, nullptr);
+}
+
 TEST_F(Sm90AttentionFwdHostTest, EveryDeviceLaunchesForItself) {
   for (const int device : {kSecondHopper, kHopper}) {
     const FakeLaunch launch = launch_of({.device = device});

@@ -108,6 +108,24 @@ TEST(Sm90AttentionFwdResolve, AWorkspaceForMoreTilesThanAFew) {
   EXPECT_EQ(resolution_of({.head_dim = 72, .head_dim_v = 72}).workspace_bytes, 0);
 }
 
+// Where the last tiles are cut: 8 of 256 steps in 132 parts, each with a slot at least for each tile that it is of.
+TEST(Sm90AttentionFwdResolve, AWorkspaceForPartsOfTiles) {
+  const test::Call call{.batch = 1, .q_len = 100, .kv_len = 32768};
+  constexpr int64_t kSlotBytes = 128 * 128 * 4 + 256 * 16 + 128;
+  const int64_t bytes = resolution_of(call).workspace_bytes;
+  EXPECT_GE(bytes, 128 + (132 + 8 - 1) * kSlotBytes);
+  EXPECT_LT(bytes, 128 + (132 + 8) * kSlotBytes);
+  test::Call causal = call;
+  causal.options.is_causal = true;
+  EXPECT_EQ(resolution_of(causal).workspace_bytes, 0);
+  test::Call packed = call;
+  packed.is_varlen = true;
+  EXPECT_EQ(resolution_of(packed).workspace_bytes, 0);
+  test::Call large = call;
+  large.head_dim = large.head_dim_v = 256;
+  EXPECT_EQ(resolution_of(large).workspace_bytes, 0);
+}
+
 TEST(Sm90AttentionFwdResolve, IsListedAheadOfTimeForHopperAlone) {
   const auto count = [](const char* arch, const std::string& family) {
     const std::vector<cuda::KernelSpec> list = cuda::ahead_of_time_list(arch);

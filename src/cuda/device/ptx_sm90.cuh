@@ -116,6 +116,17 @@ __device__ __forceinline__ uint32 take_tile(unsigned* counter) {
   return number;
 }
 
+// Flags that say that something has been written. What was written before the store, by this thread or by others that
+// it has met since, is known to those who have loaded what it stored, and to those whom they meet.
+__device__ __forceinline__ void store_release(uint64* to, uint64 value) {
+  asm volatile("st.release.gpu.global.b64 [%0], %1;" ::"l"(to), "l"(value) : "memory");
+}
+__device__ __forceinline__ uint64 load_acquire(const uint64* from) {
+  uint64 value;
+  asm volatile("ld.acquire.gpu.global.b64 %0, [%1];" : "=l"(value) : "l"(from) : "memory");
+  return value;
+}
+
 // 16 bytes of memory, at a multiple of 16, become `wanted` if they are `expected`, all at once; what they were.
 __device__ __forceinline__ uint4 compare_and_swap_16(void* at, uint4 expected, uint4 wanted) {
   uint4 found;

@@ -35,6 +35,9 @@
 // Few rows. Where heads have few rows and share their keys, a tile has those of several heads of a group: K and V are
 // read once for all of them, and fewer rows of products are empty (packs_heads).
 //
+// Parts of tiles. Without masks all tiles take as long, and where they do not fill the last round of blocks, the steps
+// of the last ones are shared out evenly (plan_part). Outputs of parts, 64 KiB each, pass through L2.
+//
 // What is not finite. A NaN or an infinity in V reaches all rows of a product, also those that do not see the key. Rows
 // whose output is not finite are therefore left to warps that have nothing else to do, key by key.
 #pragma once
@@ -70,6 +73,10 @@ struct Sm90AttentionFwd {
   static constexpr int kKvPartBytes = kKvRows * kPartRowBytes;
   static constexpr int kWarpOutBytes = kLayout.out_bytes / 4;
   static constexpr int kWarpPartBytes = 16 * kPartRowBytes;
+  static constexpr int kSlotWarpBytes = sm90_attention_fwd_slot_warp_bytes(kSpec);
+  static constexpr int kSlotBytes = sm90_attention_fwd_slot_bytes(kSpec);
+  static_assert(!kSpec.splits_steps ||
+                (!kSpec.is_varlen && !kSpec.has_mask && !kSpec.has_segment_ids && kTile.has_q_in_registers));
   // What a launch gives each thread, 168 registers with two consumers, moves from the producer to them.
   static constexpr int kProducerRegisters = 56;
   static constexpr int kConsumerRegisters = 224;
@@ -96,6 +103,7 @@ struct Sm90AttentionFwd {
   using Load = Sm90AttentionLoad<kSpec>;
   using Steps = typename Load::Steps;
   using Task = typename Load::Task;
+  using Part = typename Load::Part;
   using Ring = typename Load::Ring;
 
   // -------------------------------------------------------------------------------------------------------------------
@@ -477,6 +485,104 @@ struct Sm90AttentionFwd {
     write_lse(lane, params, task, lse);
   }
 
+  // -------------------------------------------------------------------------------------------------------------------
+  // Tiles whose steps several blocks share. Each leaves what it has summed up in memory and then looks whether the
+  // others have: whoever finds all parts merges them, in their order. Nobody waits, somebody is last, and if two find
+  // all of them, they write the same.
+
+  using PartRow = float4[32];  // a lane has 16 bytes of each
+  static __device__ __forceinline__ PartRow* part_rows(const Lane& lane, const Params& params, int slot) {
+    return reinterpret_cast<PartRow*>(params.slots + slot * static_cast<long long>(kSlotBytes) +
+                                      lane.warp * kSlotWarpBytes);
+  }
+  static __device__ __forceinline__ uint64* part_flag(const Lane& lane, const Params& params, int slot) {
+    return reinterpret_cast<uint64*>(params.slots + slot * static_cast<long long>(kSlotBytes) +
+                                     kNumConsumers * 4 * kSlotWarpBytes) +
+           lane.warp;
+  }
+
+  static __device__ __forceinline__ void leave_rows(const Lane& lane, const Params& params, const Part& part,
+                                                    const Rows& rows) {
+    if (part.is_whole()) return;
+    part_rows(lane, params, part.slot)[kDimTiles][lane.lane] = {rows.reference[0], rows.reference[1], rows.sum[0],
+                                                                rows.sum[1]};
+  }
+  static __device__ __forceinline__ void leave_out(const Lane& lane, const Params& params, const Part& part,
+                                                   const Output& out) {
+    PartRow* to = part_rows(lane, params, part.slot);
+#pragma unroll
+    for (int i = 0; i < kDimTiles; ++i) {
+      to[i][lane.lane] = {out[4 * i], out[4 * i + 1], out[4 * i + 2], out[4 * i + 3]};
+    }
+  }
+
+  static __device__ __forceinline__ float4 load_part_row(const PartRow* row, int lane) {
+    const uint4 bits = ptx::load_own_16(&(*row)[lane]);
+    return {__uint_as_float(bits.x), __uint_as_float(bits.y), __uint_as_float(bits.z), __uint_as_float(bits.w)};
+  }
+
+  // A reference that is NaN makes its row NaN.
+  static __device__ __forceinline__ void merge(const Lane& lane, const Params& params, const Part& part, Rows& rows,
+                                               Output& out) {
+    reset(rows);
+#pragma unroll
+    for (float& sum : out) sum = 0.0f;
+#pragma unroll 1
+    for (int i = 0; i < part.num_slots; ++i) {
+      const PartRow* from = part_rows(lane, params, part.first_slot + i);
+      const float4 more_rows = load_part_row(from + kDimTiles, lane.lane);
+      float4 more[kDimTiles];
+#pragma unroll
+      for (int tile = 0; tile < kDimTiles; ++tile) more[tile] = load_part_row(from + tile, lane.lane);
+      const float references[2] = {more_rows.x, more_rows.y}, sums[2] = {more_rows.z, more_rows.w};
+      float keep[2], factor[2];
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const float reference = fmaxf(rows.reference[half], references[half]);
+        keep[half] = ptx::exp2_approx(rows.reference[half] - reference);
+        factor[half] = ptx::exp2_approx(references[half] - reference);
+        rows.reference[half] = reference;
+        rows.sum[half] = fmaf(sums[half], factor[half], rows.sum[half] * keep[half]);
+      }
+      scale_out(keep, out);
+#pragma unroll
+      for (int tile = 0; tile < kDimTiles; ++tile) {
+        out[4 * tile] = fmaf(more[tile].x, factor[0], out[4 * tile]);
+        out[4 * tile + 1] = fmaf(more[tile].y, factor[0], out[4 * tile + 1]);
+        out[4 * tile + 2] = fmaf(more[tile].z, factor[1], out[4 * tile + 2]);
+        out[4 * tile + 3] = fmaf(more[tile].w, factor[1], out[4 * tile + 3]);
+      }
+    }
+  }
+
+  // A block's last three tiles may be parts.
+  static __device__ __forceinline__ void merge_parts(const Params& params, uint32 last) {
+    const Lane lane;
+    const uint64 mark = params.nonce[0] | static_cast<uint64>(params.nonce[1]) << 32;
+    const uint32 first = last - min(last, 2u);
+    __syncwarp();
+    for (uint32 number = first; number != last + 1; ++number) {
+      const Part part = Load::part(number);
+      if (!part.is_whole() && lane.lane == 0) ptx::store_release(part_flag(lane, params, part.slot), mark);
+    }
+    __syncwarp();
+    __threadfence();  // of two that look for each other's flag, one finds it
+#pragma unroll 1
+    for (uint32 number = first; number != last + 1; ++number) {
+      const Part part = Load::part(number);
+      if (part.is_whole()) continue;
+      uint64* flag = part_flag(lane, params, part.first_slot + min(lane.lane, part.num_slots - 1));
+      if (__any_sync(0xffffffffu, ptx::load_acquire(flag) != mark)) continue;
+      Rows rows;
+      Output out;
+      float factor[2], lse;
+      merge(lane, params, part, rows, out);
+      close_rows(lane, params, Load::task(number), rows, factor, lse);
+      store_out(lane, params, Load::task(number), factor, lse, out);
+      *flag = 0;  // a launch that is repeated has the same mark
+    }
+  }
+
   static __device__ __forceinline__ void compute(const Params& params) {
     const bool is_lane_0 = (ptx::thread_index() & 31) == 0;
     const float scale = exponent_scale(params);
@@ -540,7 +646,18 @@ struct Sm90AttentionFwd {
       if constexpr (kHasQInRegisters) release(Load::q_free());
     };
     float factor[2], lse = 0.0f;
+    const auto leave_rows_of_part = [&](uint32 n) {
+      if constexpr (kSpec.splits_steps) leave_rows(Lane(), params, Load::part(n), rows);
+    };
     const auto close_tile = [&](uint32 n) {
+      if constexpr (kSpec.splits_steps) {
+        const Part part = Load::part(n);
+        if (__any_sync(0xffffffffu, !part.is_whole())) {
+          leave_out(Lane(), params, part, out);
+          release(Load::task_stored(n));
+          return;
+        }
+      }
       store_out(Lane(), params, Load::task(n), factor, lse, out);
       if constexpr (!kHasQInRegisters) {
         // The next product does not read it, which the compiler cannot know: it would keep it beside what is stored.
@@ -620,6 +737,7 @@ struct Sm90AttentionFwd {
         full = in_full();
         if (!is_first) return;
         release_q();
+        leave_rows_of_part(number - 1);
         close_rows(Lane(), params, Load::task(number - 1), rows, factor, lse);
       };
       // Under that product, for V may not be there yet. (With segments, registers would be spilled.)
@@ -662,9 +780,11 @@ struct Sm90AttentionFwd {
     ptx::wgmma_fence();
     multiply_pv(p, ring.tile(), has_out, out);
     ptx::wgmma_commit();
+    leave_rows_of_part(number);
     close_rows(Lane(), params, Load::task(number), rows, factor, lse);
     ptx::wgmma_wait<0>(out);
     close_tile(number);
+    if constexpr (kSpec.splits_steps) merge_parts(params, number);
     release(Load::task_stored(number + 1));  // there is no such tile, and those who wait for it get to know
     if (is_lane_0) ptx::bulk_wait<0>();
   }

@@ -61,6 +61,11 @@ struct Sm90AttentionLoad {
     Place q;                          // of its first row, in the maps of Q and the output
     Place kv;                         // of the sequence's first key
   };
+  // Which part of a tile a task is.
+  struct alignas(16) Part {
+    int slot, first_slot, num_slots;  // its own; those of all parts, in their order; 1: the task is the whole tile
+    __device__ __forceinline__ bool is_whole() const { return num_slots == 1; }
+  };
   // One is being planned, one loaded, one computed and one stored.
   static constexpr int kNumTasks = 4;
   static constexpr int kNumMenders = 2;  // warps that do what was left
@@ -74,6 +79,7 @@ struct Sm90AttentionLoad {
     uint64 task_full, task_free;
     uint64 task_stored[kNumTasks], task_done[kNumTasks];
     Task tasks[kNumTasks];
+    Part parts[kSpec.splits_steps ? kNumTasks : 1];  // of kernels that split
   };
   static_assert(sizeof(Control) <= kSm90ControlBytes);
 
@@ -81,6 +87,7 @@ struct Sm90AttentionLoad {
     return *reinterpret_cast<Control*>(shared_memory + kLayout.control);
   }
   static __device__ __forceinline__ Task& task(uint32 number) { return control().tasks[number % kNumTasks]; }
+  static __device__ __forceinline__ Part& part(uint32 number) { return control().parts[number % kNumTasks]; }
   static __device__ __forceinline__ uint32 memory_at(int offset) { return ptx::shared_address(shared_memory) + offset; }
 
   // Where producer and consumers are in the ring of slots.
@@ -141,7 +148,8 @@ struct Sm90AttentionLoad {
 
   // Tiles beyond a block's first one. All blocks of a launch count in 16 bytes, {nonce, count}: whoever comes first
   // finds another launch's nonce, or zeros, and puts this one's there; each block's last take finds no tile, and the
-  // last take of all leaves zeros, so that the same launch can be repeated (CUDA graphs).
+  // last take of all leaves zeros, so that the same launch can be repeated (CUDA graphs). Kernels that split: a block
+  // takes one part and then no more, so that there are as many takes as there are whole tiles.
   struct Turns {
     bool is_counting = false;
 
@@ -156,7 +164,8 @@ struct Sm90AttentionLoad {
         if (!is_zero && !is_mine) ptx::compare_and_swap_16(params.next_tile, found, fresh);
       }
       const uint32 number = ptx::take_tile(params.next_tile + 3);
-      if (number == params.num_tiles_in_all - 1) ptx::store_streaming_16(params.next_tile, {0, 0, 0, 0});
+      const uint32 num_takes = kSpec.splits_steps ? params.num_whole_tiles : params.num_tiles_in_all;
+      if (number == num_takes - 1) ptx::store_streaming_16(params.next_tile, {0, 0, 0, 0});
       return gridDim.x + number;
     }
   };
@@ -278,6 +287,48 @@ struct Sm90AttentionLoad {
     ptx::mbarrier_wait(task_done(number), (number / kNumTasks & 1) ^ 1);
   }
 
+  // The part's steps, tile by tile: no more than three.
+  static __device__ __forceinline__ void plan_part(const Params& params, uint32 index, uint32 number, bool is_lane_0) {
+    const uint32 num_parts = params.num_tiles_in_all - params.num_whole_tiles;
+    const uint32 num_steps = static_cast<uint32>(Steps::touching({0, params.kv_len}).end);
+    const uint32 num_tiles = static_cast<uint32>(params.num_tiles) * params.num_heads - params.num_whole_tiles;
+    const uint32 num_steps_in_all = num_tiles * num_steps;
+    const auto part_with = [&](uint32 step) { return ((step + 1) * num_parts - 1) / num_steps_in_all; };
+    const uint32 end = (index + 1) * num_steps_in_all / num_parts;
+    uint32 begin = index * num_steps_in_all / num_parts;
+    ptx::wait_for_previous_kernel();
+#pragma unroll 1
+    while (begin < end) {
+      const uint32 tile = begin / num_steps;
+      const uint32 first = tile * num_steps, last = first + num_steps - 1;
+      const uint32 next = min(end, last + 1);
+      wait_for_record(number);
+      if (is_lane_0) {
+        fill_task(params, dense_tile(params, params.num_whole_tiles + tile),
+                  {static_cast<int>(begin - first), static_cast<int>(next - first)}, task(number));
+        const uint32 first_part = part_with(first);
+        part(number) = {static_cast<int>(index + tile), static_cast<int>(first_part + tile),
+                        static_cast<int>(part_with(last) - first_part + 1)};
+        ptx::mbarrier_arrive(task_full());
+      }
+      __syncwarp();
+      ptx::mbarrier_wait(task_free(), number & 1);
+      ++number;
+      begin = next;
+    }
+    end_plan(number, is_lane_0);
+  }
+
+  static __device__ __forceinline__ void end_plan(uint32 number, bool is_lane_0) {
+    // Its blocks come as those of this launch end: next to one of them there are no registers to speak of.
+    ptx::let_next_kernel_start();
+    wait_for_record(number);
+    if (is_lane_0) {
+      task(number).steps = {0, 0};
+      ptx::mbarrier_arrive(task_full());
+    }
+  }
+
   // It waits for the previous kernel itself: the first time, others take none.
   static __device__ __forceinline__ void plan(const Params& params) {
     const bool is_lane_0 = (ptx::thread_index() & 31) == 0;
@@ -285,6 +336,10 @@ struct Sm90AttentionLoad {
     uint32 number = 0;  // of the tile
     uint32 index = blockIdx.x;
     while (index < params.num_tiles_in_all) {
+      if constexpr (kSpec.splits_steps) {
+        if (index >= params.num_whole_tiles)
+          return plan_part(params, index - params.num_whole_tiles, number, is_lane_0);
+      }
       AttentionWork work;
       bool is_tile = true;
       if constexpr (kSpec.is_varlen) {
@@ -314,6 +369,7 @@ struct Sm90AttentionLoad {
           wait_for_record(number);
           if (is_lane_0) {
             fill_task(params, work, steps, task(number));
+            if constexpr (kSpec.splits_steps) part(number).num_slots = 1;
             ptx::mbarrier_arrive(task_full());
           }
           __syncwarp();
@@ -325,13 +381,7 @@ struct Sm90AttentionLoad {
       if (is_lane_0) next = turns.take(params, index);
       index = __shfl_sync(0xffffffffu, next, 0);
     }
-    // Its blocks come as those of this launch end: next to one of them there are no registers to speak of.
-    ptx::let_next_kernel_start();
-    wait_for_record(number);
-    if (is_lane_0) {
-      task(number).steps = {0, 0};
-      ptx::mbarrier_arrive(task_full());
-    }
+    end_plan(number, is_lane_0);
   }
 
   // -------------------------------------------------------------------------------------------------------------------
@@ -412,23 +462,34 @@ struct Sm90AttentionLoad {
   // Mend: warps that compute rows again whose output was not finite. Not a branch of the warps that compute: they would
   // keep what addresses their products in registers of each thread, which takes a fifth more instructions.
 
+  static __device__ __forceinline__ void mend_tile(const Params& params, const Task& stored) {
+#pragma unroll 1
+    for (int row = 0; row < kQRows; ++row) {
+      // From the counter rather than from loops within loops: a register that lived as long would be spilled.
+      const int warp = row / 16, mender = ptx::thread_index() / 32 % kNumMenders;
+      const bool is_mine = kMendersSplitRows || warp % kNumMenders == mender;
+      if (!is_mine || !stored.is_left[warp] || row >= stored.rows_left) {
+        row |= 15;
+        continue;
+      }
+      attend_row<kSpec>(params, stored.work, (stored.work.q_begin << head_shift(params)) + row,
+                        kMendersSplitRows ? mender * kColumnsAtOnce<kSpec> : 0);
+    }
+  }
+
   static __device__ __forceinline__ void mend(const Params& params) {
     for (uint32 number = 0;; ++number) {
       ptx::mbarrier_wait(task_stored(number), number / kNumTasks & 1);
       const Task& stored = task(number);
-      if (stored.steps.begin == stored.steps.end) return;
-#pragma unroll 1
-      for (int row = 0; row < kQRows; ++row) {
-        // From the counter rather than from loops within loops: a register that lived as long would be spilled.
-        const int warp = row / 16, mender = ptx::thread_index() / 32 % kNumMenders;
-        const bool is_mine = kMendersSplitRows || warp % kNumMenders == mender;
-        if (!is_mine || !stored.is_left[warp] || row >= stored.rows_left) {
-          row |= 15;
-          continue;
+      if (stored.steps.begin == stored.steps.end) {
+        if constexpr (kSpec.splits_steps) {  // tiles whose parts have been merged since
+          for (uint32 merged = number - min(number, 3u); merged != number; ++merged) {
+            if (!part(merged).is_whole()) mend_tile(params, task(merged));
+          }
         }
-        attend_row<kSpec>(params, stored.work, (stored.work.q_begin << head_shift(params)) + row,
-                          kMendersSplitRows ? mender * kColumnsAtOnce<kSpec> : 0);
+        return;
       }
+      mend_tile(params, stored);
       __syncwarp();
       if ((ptx::thread_index() & 31) == 0) ptx::mbarrier_arrive(task_done(number));
     }

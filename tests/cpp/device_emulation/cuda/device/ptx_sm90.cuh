@@ -70,6 +70,8 @@ inline void stmatrix_x4(uint32 to, uint32 a, uint32 b, uint32 c, uint32 d) {
 }
 
 inline uint32 take_tile(unsigned* counter) { return atomicAdd(counter, 1u); }
+inline void store_release(uint64* to, uint64 value) { *to = value; }
+inline uint64 load_acquire(const uint64* from) { return *from; }
 
 // Another block may do the same at the same time, and come first.
 inline uint4 compare_and_swap_16(void* at, uint4 expected, uint4 wanted) {

@@ -1,0 +1,275 @@
+// Tiles of the Hopper forward kernel whose steps several blocks share, on the CPU (device_sm90_attention_fwd_test.cc
+// has the others): many ways to cut them, orders of the blocks, whatever the workspace held before.
+#include <gtest/gtest.h>
+
+#include <cstring>
+#include <numeric>
+#include <random>
+
+#include "emulated_sm90_attention_fwd.h"
+
+namespace heed {
+namespace {
+
+using namespace testing_oracle;  // NOLINT(google-build-using-namespace): this file's vocabulary
+
+constexpr Sm90AttentionFwdSpec split(Sm90AttentionFwdSpec spec) {
+  spec.splits_steps = true;
+  return spec;
+}
+constexpr Sm90AttentionFwdSpec kSplit = split(kBf16);
+constexpr Sm90AttentionFwdSpec kSplit64 = split(spec_of(Element::kBFloat16, 64, 64));
+constexpr Sm90AttentionFwdSpec kSplitF16 = split(kF16);
+
+struct Cut {
+  unsigned num_blocks, num_whole_tiles, num_parts;
+  bool takes_turns = true;
+};
+
+template <Sm90AttentionFwdSpec kSpec>
+class SplitLaunch {
+ public:
+  SplitLaunch(const Case& c, const Cut& cut)
+      : c_(c),
+        cut_(cut),
+        in_(make_inputs(c)),
+        out_(c.dtype, {c.batch, c.q_len, c.num_q_heads, c.head_dim_v}),
+        lse_(DType::kFloat32, {c.batch, c.num_q_heads, c.q_len}),
+        params_(make_params<Sm90AttentionFwdParams>(c)) {
+    constexpr int kQRows = cuda::sm90_attention_fwd_tile(kSpec).q_rows();
+    set_operands(params_, in_, out_, lse_);
+    make_maps<kSpec>(params_, c);
+    params_.num_tiles = (params_.q_len + kQRows - 1) / kQRows;
+    const unsigned num_tiles = static_cast<unsigned>(params_.num_tiles) * params_.num_heads;
+    num_slots_ = num_tiles - cut.num_whole_tiles + cut.num_parts - 1;
+    params_.num_whole_tiles = cut.num_whole_tiles;
+    params_.num_tiles_in_all = cut.num_whole_tiles + cut.num_parts;
+    params_.next_tile = cut.takes_turns ? counter_ : nullptr;
+    for (unsigned i = 0; i < 3; ++i) params_.nonce[i] = 80 + i;
+    memory_.assign(kSlotBytes * num_slots_ + 128, static_cast<char>(0xEE));
+    params_.slots = memory_.data() + 128 - reinterpret_cast<uintptr_t>(memory_.data()) % 128;
+  }
+
+  void run(unsigned block) {
+    gridDim.x = cut_.num_blocks;
+    device_emulation::run_block(block, Kernel::kNumThreads, Kernel::kSharedBytes, [&] { Kernel::run(params_); });
+  }
+  void run_all(bool is_backwards) {
+    for (unsigned i = 0; i < cut_.num_blocks; ++i) run(is_backwards ? cut_.num_blocks - 1 - i : i);
+  }
+  void run_all(std::mt19937& random) {
+    std::vector<unsigned> blocks(cut_.num_blocks);
+    std::iota(blocks.begin(), blocks.end(), 0U);
+    std::shuffle(blocks.begin(), blocks.end(), random);
+    for (const unsigned block : blocks) run(block);
+  }
+
+  // As if all parts were there, of the launch before.
+  void set_flags() {
+    const uint64_t mark = params_.nonce[0] | static_cast<uint64_t>(params_.nonce[1]) << 32;
+    for_flags([&](char* flag) { std::memcpy(flag, &mark, 8); });
+  }
+  void expect_clean() {
+    for_flags([&](const char* flag) {
+      uint64_t value = 0;
+      std::memcpy(&value, flag, 8);
+      EXPECT_TRUE(value == 0 || value == 0xEEEEEEEEEEEEEEEE);  // a tile in one part leaves nothing
+    });
+    if (!cut_.takes_turns || cut_.num_whole_tiles == 0) return;
+    for (const unsigned word : counter_) EXPECT_EQ(word, 0U);
+  }
+  void clear_results() {
+    for (int64_t i = 0; i < out_.count(); ++i) out_.set(i, 7.0);
+    for (int64_t i = 0; i < lse_.count(); ++i) lse_.set(i, 7.0);
+  }
+  std::vector<double> results() const {
+    std::vector<double> values;
+    for (int64_t i = 0; i < out_.count(); ++i) values.push_back(std::isnan(out_.get(i)) ? 1e300 : out_.get(i));
+    for (int64_t i = 0; i < lse_.count(); ++i) values.push_back(std::isnan(lse_.get(i)) ? 1e300 : lse_.get(i));
+    return values;
+  }
+  void expect_right() const {
+    const Expected oracle = packed_attention<double>(c_, in_, {});
+    const Expected naive = packed_attention<float>(c_, in_, {});
+    expect_close(out_, naive.out, oracle.out, c_.dtype, c_.head_dim_v, "out");
+    expect_close(lse_, naive.lse, oracle.lse, DType::kFloat32, c_.q_len, "lse");
+  }
+
+ private:
+  using Kernel = cuda::Sm90AttentionFwd<kSpec>;
+  static constexpr size_t kSlotBytes = cuda::sm90_attention_fwd_slot_bytes(kSpec);
+
+  template <class F>
+  void for_flags(const F& f) {
+    for (unsigned slot = 0; slot < num_slots_; ++slot) {
+      for (int warp = 0; warp < 8; ++warp) f(params_.slots + (slot + 1) * kSlotBytes - 128 + warp * 8);
+    }
+  }
+
+  Case c_;
+  Cut cut_;
+  Inputs in_;
+  Tensor out_, lse_;
+  Sm90AttentionFwdParams params_;
+  alignas(16) unsigned counter_[4] = {7, 8, 9, 10};
+  unsigned num_slots_ = 0;
+  std::vector<char> memory_;
+};
+
+// Forwards, then, as a graph does, once more with the same parameters, backwards and in any order.
+template <Sm90AttentionFwdSpec kSpec>
+void expect_split_matches(const Case& c, const Cut& cut) {
+  SCOPED_TRACE(testing::Message() << cut.num_whole_tiles << " whole tiles, " << cut.num_parts << " parts");
+  static std::mt19937 random{1};
+  SplitLaunch<kSpec> launch(c, cut);
+  std::vector<double> first;
+  for (int round = 0; round < 3; ++round) {
+    device_emulation::block.copies_late = round == 1;
+    device_emulation::block.copies_vary = round == 2;
+    launch.clear_results();
+    if (round == 2) {
+      launch.run_all(random);
+    } else {
+      launch.run_all(round == 1);
+    }
+    launch.expect_right();
+    launch.expect_clean();
+    if (first.empty()) first = launch.results();
+    EXPECT_TRUE(launch.results() == first) << "not the same bits in round " << round;
+  }
+}
+
+Case split_case_of(int64_t q_len, int64_t num_heads, int64_t kv_len, int64_t head_dim) {
+  Case c = case_of(DType::kBFloat16, q_len, kv_len, head_dim);
+  c.num_q_heads = num_heads;
+  c.num_kv_heads = 1;
+  return c;
+}
+
+// One tile of up to five steps, the last one not full, in parts of every length.
+TEST(DeviceSm90AttentionFwdSplitTest, OneTile) {
+  for (unsigned steps = 1; steps <= 5; ++steps) {
+    for (unsigned parts = 1; parts <= steps; ++parts) {
+      expect_split_matches<kSplit64>(split_case_of(20, 1, steps * 128 - 31, 64), {parts, 0, parts});
+    }
+  }
+}
+
+// Parts that end one tile and begin the next one.
+TEST(DeviceSm90AttentionFwdSplitTest, SeveralTiles) {
+  for (const unsigned parts : {2U, 3U, 4U, 5U, 6U}) {
+    expect_split_matches<kSplit64>(split_case_of(150, 1, 3 * 128, 64), {parts, 0, parts});
+  }
+  for (const unsigned parts : {3U, 4U, 5U, 7U, 11U, 12U}) {
+    expect_split_matches<kSplit64>(split_case_of(30, 3, 4 * 128 - 1, 64), {parts, 0, parts});
+  }
+}
+
+// The end of a tile, a whole one and the beginning of another.
+TEST(DeviceSm90AttentionFwdSplitTest, PartsLongerThanATile) {
+  expect_split_matches<kSplit64>(split_case_of(30, 4, 5 * 128, 64), {3, 0, 3});
+  expect_split_matches<kSplit64>(split_case_of(30, 6, 4 * 128, 64), {3, 0, 3});
+  expect_split_matches<kSplit64>(split_case_of(30, 5, 3 * 128, 64), {4, 0, 4});
+  expect_split_matches<kSplit64>(split_case_of(30, 11, 3 * 128, 64), {4, 4, 4});
+}
+
+// Whole tiles before, as many as blocks and more; a launch of more blocks than parts.
+TEST(DeviceSm90AttentionFwdSplitTest, WholeTilesFirst) {
+  for (const bool takes_turns : {true, false}) {
+    expect_split_matches<kSplit64>(split_case_of(20, 5, 300, 64), {3, 3, 3, takes_turns});
+    expect_split_matches<kSplit64>(split_case_of(20, 5, 300, 64), {4, 4, 2, takes_turns});
+    expect_split_matches<kSplit64>(split_case_of(20, 6, 300, 64), {2, 4, 2, takes_turns});
+    expect_split_matches<kSplit64>(split_case_of(140, 4, 500, 64), {3, 6, 3, takes_turns});
+  }
+}
+
+TEST(DeviceSm90AttentionFwdSplitTest, HeadDim128AndFloat16) {
+  Case c = split_case_of(100, 3, 500, 128);
+  expect_split_matches<kSplit>(c, {4, 0, 4});
+  c.dtype = DType::kFloat16;
+  expect_split_matches<kSplitF16>(c, {4, 0, 4});
+}
+
+TEST(DeviceSm90AttentionFwdSplitTest, OtherHeadDims) {
+  expect_split_matches<split(spec_of(Element::kBFloat16, 80, 80))>(split_case_of(30, 3, 500, 80), {4, 0, 4});
+  Case c = split_case_of(30, 3, 500, 192);
+  c.head_dim_v = 128;
+  expect_split_matches<split(spec_of(Element::kBFloat16, 192, 128))>(c, {4, 0, 4});
+}
+
+TEST(DeviceSm90AttentionFwdSplitTest, Sinks) {
+  Case c = split_case_of(40, 3, 400, 128);
+  c.has_sinks = true;
+  expect_split_matches<kSplit>(c, {4, 0, 4});
+}
+
+// References that differ widely among parts, and within them get too old.
+TEST(DeviceSm90AttentionFwdSplitTest, GrowingAndSteepScores) {
+  Case c = split_case_of(60, 2, 512, 128);
+  for (const bool grows : {true, false}) {
+    c.edit = [&](Tensor& q, Tensor& k, Tensor& /*v*/) {
+      const int64_t dim = q.view.shape[3], num_heads = q.view.shape[2];
+      for (int64_t row = 0; row < q.count() / dim; ++row) {
+        const int64_t token = row / num_heads;
+        q.set(row * dim, token % 3 == 0 ? 0.0 : static_cast<double>(token) / 4);
+      }
+      for (int64_t key = 0; key < k.count() / dim; ++key) {
+        k.set(key * dim, static_cast<double>(grows ? key : 512 - key) / 2);
+      }
+    };
+    expect_split_matches<kSplit>(c, {3, 0, 3});
+  }
+  c.edit = make_mixed;
+  expect_split_matches<kSplit>(c, {5, 0, 5});
+  c.edit = nullptr;
+  c.gain = 2500.0;
+  expect_split_matches<kSplit>(c, {3, 0, 3});
+}
+
+// In some parts, rows see nothing but scores of -inf.
+TEST(DeviceSm90AttentionFwdSplitTest, ScoresThatAreMinusInfinity) {
+  for (const bool is_first : {true, false}) {
+    Case c = split_case_of(40, 2, 512, 128);
+    c.edit = [&](Tensor& q, Tensor& k, Tensor& /*v*/) {
+      for (int64_t row = 0; row < q.count() / 128; ++row) q.set(row * 128, 1.0);
+      for (int64_t key = 0; key < 512; ++key) {
+        if ((key < 256) == is_first) k.set(key * 128, -kInfinity);
+      }
+    };
+    expect_split_matches<kSplit>(c, {4, 0, 4});
+    expect_split_matches<kSplit>(c, {3, 0, 3});
+  }
+}
+
+// The rows are computed again over all keys, by those who merge.
+TEST(DeviceSm90AttentionFwdSplitTest, WhatIsNotFinite) {
+  Case c = split_case_of(140, 2, 400, 128);
+  c.edit = [](Tensor& q, Tensor& k, Tensor& v) {
+    q.set(3 * 256, kNaN);        // row 3 of head 0
+    q.set(20 * 256, kInfinity);  // scores of both signs
+    k.set(150 * 128 + 7, -kInfinity);
+    v.set(200 * 128 + 5, kInfinity);
+  };
+  expect_split_matches<kSplit>(c, {5, 0, 5});
+  expect_split_matches<kSplit>(c, {3, 0, 3});
+  expect_split_matches<kSplit>(c, {3, 2, 2});
+  c.edit = [](Tensor& /*q*/, Tensor& /*k*/, Tensor& v) { v.set(399 * 128 + 5, kNaN); };
+  expect_split_matches<kSplit>(c, {7, 0, 7});
+}
+
+// Several that find all parts, of which any may be first: the same bits.
+TEST(DeviceSm90AttentionFwdSplitTest, EveryPartMergesAlike) {
+  Case c = split_case_of(140, 1, 640, 64);
+  SplitLaunch<kSplit64> launch(c, {5, 0, 5});
+  launch.run_all(false);
+  launch.expect_right();
+  const std::vector<double> first = launch.results();
+  for (unsigned block = 0; block < 5; ++block) {
+    launch.set_flags();
+    launch.run(block);
+    EXPECT_TRUE(launch.results() == first) << block;
+  }
+}
+
+}  // namespace
+}  // namespace heed
