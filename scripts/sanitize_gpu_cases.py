@@ -104,6 +104,7 @@ SM90 = (
     "varlen_used_nan_float16-d128",
     "varlen_everything-d128-float16",
     "many_tiles_causal",
+    "tall_tiles_nan_hidden",
     "many_tiles_packed_causal",
     *(f"{name}-d{dims}" for dims in ("64", "80", "96", "192", "256", "192_128")
       for name in ("causal_float16", "varlen_tile_edges")),

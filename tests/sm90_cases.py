@@ -26,7 +26,7 @@ FEW_QUERIES = 8
 DTYPES_16 = ("bfloat16", "float16")
 HEAD_DIMS = ((128, 128), (64, 64), (80, 80), (96, 96), (192, 192), (256, 256), (192, 128))
 
-# Rows and keys of the largest tile: lengths around its multiples, and those of a warp and a warpgroup, are edges.
+# Rows and keys of a tile at head dim 128: lengths around its multiples, and those of a warp and a warpgroup, are edges.
 TILE = 128
 
 
@@ -171,7 +171,28 @@ def _tiles_in_parts() -> list[Spec]:
     ]
 
 
-NAMED: list[Spec] = [*_every_spec_at_128(), *_at_every_head_dim(), *_many_tiles(), *_few_rows(), *_tiles_in_parts()]
+def _tall_tiles() -> list[Spec]:
+    """Where the kernel takes tiles of 192 rows (it does: sm90_attention_fwd_tiles_test.cc): head dim 64, and so many
+    heads that they are faster although sequences are short.
+    """
+    dense: dict[str, Any] = {"batch": 2, "q_len": 190, "kv_len": 450, "num_q_heads": 66, "num_kv_heads": 33,
+                             "dtype": "bfloat16"}  # fmt: skip
+    packed: dict[str, Any] = {"q_lens": (1333, 1790, 1500), "num_q_heads": 6, "num_kv_heads": 3, "dtype": "bfloat16"}
+    return [
+        AttentionSpec("tall_tiles", **dense),
+        AttentionSpec("tall_tiles_float16", **{**dense, "dtype": "float16"}),
+        AttentionSpec("tall_tiles_causal", is_causal=True, sinks=True, **dense),
+        AttentionSpec("tall_tiles_top_left_window", causal_align="top_left", window_size=(150, 300), **dense),
+        AttentionSpec("tall_tiles_large_logits", numbers="large_logits", **dense),
+        AttentionSpec("tall_tiles_nan_hidden", is_causal=True, numbers="nan_hidden", **{**dense, "kv_len": 340}),
+        AttentionSpec("tall_tiles_nan_visible", is_causal=True, numbers="nan_visible", **dense),
+        VarlenSpec("tall_tiles_packed", **packed),
+        VarlenSpec("tall_tiles_packed_window", window_size=(1300, 1300), **packed),
+    ]
+
+
+OWN: list[Spec] = [*_many_tiles(), *_few_rows(), *_tiles_in_parts(), *_tall_tiles()]
+NAMED: list[Spec] = [*_every_spec_at_128(), *_at_every_head_dim(), *OWN]
 NAMED_BY_NAME: dict[str, Spec] = {spec.name: spec for spec in NAMED}
 assert len(NAMED_BY_NAME) == len(NAMED), "spec names must be unique"
 

@@ -92,6 +92,10 @@ def test_compiles_without_spills(kernel: tuple[str, str]) -> None:
     assert 0 < found.num_threads <= 1024
     assert found.num_threads * found.registers <= 65536, "not even one block fits on a multiprocessor"
     assert found.shared_bytes >= 0 and found.shared_bytes + found.static_shared_bytes <= MAX_SHARED_BYTES[arch]
+    if text.startswith("sm90_attention_fwd "):
+        # Its roles divide among them what a launch can give: none is left over (consumer_registers()).
+        assert found.registers == 65536 // found.num_threads // 8 * 8
+        assert found.num_threads == (512 if "is_tall = true" in text else 384)
     allowed = allowed_spill_bytes(text, arch)
     assert allowed is None or found.spill_bytes <= allowed, found.log
 

@@ -16,6 +16,7 @@
 #include "cuda/sm80_attention_fwd.h"
 #include "cuda/sm90_attention_fwd_spec.h"
 #include "cuda/tensor_map_host.h"
+#include "variants/band.h"
 
 namespace heed::cuda {
 namespace {
@@ -58,6 +59,45 @@ int head_shift_of(const AttentionProblem& problem, int64_t q_rows) {
   return best;
 }
 
+// What a problem takes with the tile, in products of a query row and a key; only the ratio of two tiles counts. Tall
+// tiles have steps that are faster by a constant factor and rows that take as long as some more keys: both as measured
+// (docs/kernel-notes.md).
+double expected_time(const AttentionProblem& problem, const Sm90AttentionFwdSpec& spec) {
+  constexpr double kTallStep = 0.86, kTallRow = 150.0;
+  constexpr int64_t kBlocks = 132;  // of an H100 or H200; others are close
+  constexpr int64_t kMostSamples = 256;
+  const Sm90AttentionFwdTile tile = sm90_attention_fwd_tile(spec);
+  const double rows = tile.q_rows();
+  // Packed sequences, whose lengths only the device knows: the mean length, and half a tile for each one's end.
+  const int64_t num_sequences = problem.is_varlen ? std::max<int64_t>(problem.batch, 1) : 1;
+  const int64_t q_len = problem.q_len / num_sequences, kv_len = problem.kv_len / num_sequences;
+  const int64_t num_tiles = (q_len + tile.q_rows() - 1) / tile.q_rows();
+  const double tiles_of_head =
+      problem.is_varlen ? static_cast<double>(q_len) / rows + 0.5 : static_cast<double>(num_tiles);
+  const variants::Band band = variants::make_band(q_len, kv_len, problem.window_left, problem.window_right,
+                                                  problem.causal_align == CausalAlign::kBottomRight);
+  double sum = 0.0, longest = 0.0;
+  const int64_t num_samples = std::min(num_tiles, kMostSamples);
+  for (int64_t i = 0; i < num_samples; ++i) {
+    const int64_t begin = i * num_tiles / num_samples * tile.q_rows();
+    const variants::Range keys =
+        variants::intersect(band.keys_of_any({begin, std::min(begin + tile.q_rows(), q_len)}), {0, kv_len});
+    if (keys.empty()) continue;
+    const auto steps = static_cast<double>((keys.end - 1) / tile.kv_rows - keys.begin / tile.kv_rows + 1);
+    const double time =
+        spec.is_tall ? rows * (kTallStep * steps * tile.kv_rows + kTallRow) : rows * steps * tile.kv_rows;
+    sum += time;
+    longest = std::max(longest, time);
+  }
+  if (num_samples == 0) return 0.0;
+  const double num_heads =
+      static_cast<double>(problem.num_heads_in_all()) * static_cast<double>(problem.is_varlen ? num_sequences : 1);
+  const double all = sum / static_cast<double>(num_samples) * tiles_of_head * num_heads;
+  // Blocks take the longest tiles first. Equal ones come in waves.
+  if (spec.has_mask || problem.is_varlen) return std::max(all / kBlocks, longest);
+  return std::ceil(tiles_of_head * num_heads / kBlocks) * longest;
+}
+
 // The kernel's variant of a problem, but for whether it splits.
 Sm90AttentionFwdSpec make_whole_spec(const AttentionProblem& problem) {
   Sm90AttentionFwdSpec spec;
@@ -72,6 +112,11 @@ Sm90AttentionFwdSpec make_whole_spec(const AttentionProblem& problem) {
   // Without a mask, scores that are transformed would spill at head dim 128; with one that hides nothing they do not.
   spec.has_mask = problem.window_left >= 0 || problem.window_right >= 0 || spec.has_score_transform();
   spec.packs_heads = head_shift_of(problem, sm90_attention_fwd_tile(spec).q_rows()) > 0;
+  if (spec.has_tall_tile() && !spec.packs_heads) {
+    Sm90AttentionFwdSpec tall = spec;
+    tall.is_tall = true;
+    if (expected_time(problem, tall) < expected_time(problem, spec)) return tall;
+  }
   return spec;
 }
 
@@ -87,6 +132,7 @@ KernelSpec to_kernel_spec(const Sm90AttentionFwdSpec& spec) {
                                     .flag("scales_first", spec.scales_first)
                                     .flag("packs_heads", spec.packs_heads)
                                     .flag("splits_steps", spec.splits_steps)
+                                    .flag("is_tall", spec.is_tall)
                                     .str()};
 }
 
@@ -366,7 +412,7 @@ std::shared_ptr<void> prepare_sm90_attention_fwd(const AttentionProblem& problem
   prepared->num_slots = planned_slots(problem);
   prepared->tile = sm90_attention_fwd_tile(spec);
   Sm90AttentionFwdParams& params = prepared->params;
-  params.head_shift = head_shift_of(problem, prepared->tile.q_rows());
+  params.head_shift = spec.packs_heads ? head_shift_of(problem, prepared->tile.q_rows()) : 0;
   set_problem(params, problem, problem.num_q_heads >> params.head_shift, 0);
   const TileOrder order = spec.packs_heads ? TileOrder{} : order_of(problem, params.num_heads, prepared->tile.q_rows());
   params.section_heads = static_cast<int>(order.section_heads);
@@ -431,9 +477,9 @@ std::vector<KernelSpec> sm90_attention_fwd_common_specs() {
     }
   };
   for (const Element element : {Element::kBFloat16, Element::kFloat16}) {
-    for (const int head_dim : {64, 128}) {
-      add(element, head_dim, false);
-      add(element, head_dim, true);
+    for (const bool is_varlen : {false, true}) {
+      for (const int head_dim : {64, 128}) add(element, head_dim, is_varlen);
+      add(element, 64, is_varlen, [](Sm90AttentionFwdSpec& spec) { spec.is_tall = true; });
     }
   }
   for (const int head_dim : {80, 96, 192, 256}) add(Element::kBFloat16, head_dim, false);

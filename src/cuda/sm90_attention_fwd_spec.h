@@ -24,8 +24,12 @@ struct Sm90AttentionFwdSpec {
   bool packs_heads = false;
   // The last tiles are shared out by steps, not whole: dense, all tiles alike, and Q in registers.
   bool splits_steps = false;
+  bool is_tall = false;       // tiles of more query rows, where `has_tall_tile`; faster where sequences are long
 
   HEED_HOST_DEVICE constexpr bool has_score_transform() const { return has_softcap || has_alibi || scales_first; }
+  HEED_HOST_DEVICE constexpr bool has_tall_tile() const {
+    return head_dim_qk <= 64 && head_dim_v <= 64 && !has_score_transform() && !has_segment_ids;
+  }
 };
 
 // A row of an operand in shared memory is cut into parts of 64 elements, 128 bytes, which tensor maps swizzle.
@@ -35,17 +39,19 @@ HEED_HOST_DEVICE constexpr int parts_of(int head_dim) { return (head_dim + kPart
 
 // How a block of threads divides the work. The rows of a tensor map's box: Q 64, K and V kv_rows, out 16.
 struct Sm90AttentionFwdTile {
-  int num_consumers;  // warpgroups that compute, 64 query rows each; one more loads
-  int kv_rows;        // of a step
-  int num_slots;      // K and V tiles in use and in flight
-  // Q moves to registers, and the output leaves through shared memory of its own. Otherwise Q stays in shared memory
-  // until its last step, and the output leaves from registers.
-  bool has_q_in_registers;
+  int num_consumers;        // warpgroups that compute, 64 query rows each; one more loads
+  int kv_rows;              // of a step
+  int num_slots;            // K and V tiles in use and in flight
+  bool has_q_in_registers;  // Q moves there. Otherwise it stays in shared memory until its last step
+  bool has_out_in_shared;   // the output leaves through shared memory of its own. Otherwise it leaves from registers
   // Columns of a step's scores, of 8 keys each, that are exponentials before the products with V have to be done.
   int num_early_columns;
 
   HEED_HOST_DEVICE constexpr int num_threads() const { return (num_consumers + 1) * 128; }
   HEED_HOST_DEVICE constexpr int q_rows() const { return num_consumers * 64; }
+  // What a launch gives each thread, 168 registers with two consumers and 128 with three, moves to these.
+  HEED_HOST_DEVICE constexpr int consumer_registers() const { return num_consumers == 2 ? 224 : 160; }
+  HEED_HOST_DEVICE constexpr int producer_registers() const { return num_consumers == 2 ? 56 : 32; }
 };
 
 // A step has as many keys as there are registers for: a thread holds kv_rows / 2 scores, half as many registers of
@@ -53,11 +59,12 @@ struct Sm90AttentionFwdTile {
 HEED_HOST_DEVICE constexpr Sm90AttentionFwdTile sm90_attention_fwd_tile(const Sm90AttentionFwdSpec& spec) {
   const int early = spec.has_mask ? 4 : 6;
   const int dim = spec.head_dim_qk > spec.head_dim_v ? spec.head_dim_qk : spec.head_dim_v;
-  if (dim <= 64) return {2, 128, 8, true, early};
-  if (dim <= 128) return {2, 128, 5, true, early};
-  if (dim <= 192 && spec.head_dim_v <= 128) return {2, 96, 4, true, 4};
-  if (dim <= 192) return {2, 96, 4, false, 4};
-  return {2, 64, 5, false, 4};
+  if (spec.is_tall) return {3, 128, 8, false, true, 4};
+  if (dim <= 64) return {2, 128, 8, true, true, early};
+  if (dim <= 128) return {2, 128, 5, true, true, early};
+  if (dim <= 192 && spec.head_dim_v <= 128) return {2, 96, 4, true, true, 4};
+  if (dim <= 192) return {2, 96, 4, false, false, 4};
+  return {2, 64, 5, false, false, 4};
 }
 
 // A block's shared memory: offsets from its start, which is a multiple of 1024 bytes. A slot holds K or V of a step,
@@ -80,7 +87,7 @@ HEED_HOST_DEVICE constexpr Sm90AttentionFwdLayout sm90_attention_fwd_layout(cons
   layout.v_bytes = tile.kv_rows * parts_of(spec.head_dim_v) * kPartRowBytes;
   layout.slot_bytes = layout.k_bytes > layout.v_bytes ? layout.k_bytes : layout.v_bytes;
   layout.q_bytes = 64 * parts_of(spec.head_dim_qk) * kPartRowBytes;
-  layout.out_bytes = tile.has_q_in_registers ? 64 * parts_of(spec.head_dim_v) * kPartRowBytes : 0;
+  layout.out_bytes = tile.has_out_in_shared ? 64 * parts_of(spec.head_dim_v) * kPartRowBytes : 0;
   layout.q = tile.num_slots * layout.slot_bytes;
   layout.out = layout.q + tile.num_consumers * layout.q_bytes;
   layout.control = layout.out + tile.num_consumers * layout.out_bytes;

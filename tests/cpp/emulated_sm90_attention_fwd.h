@@ -174,4 +174,16 @@ inline Case causal_case_of(DType dtype, int64_t q_len, int64_t kv_len, CausalAli
   return c;
 }
 
+// Scores that grow along the keys, by row and by warp: references get too old, and steps are computed again.
+inline void make_growing(Tensor& q, Tensor& k, Tensor& /*v*/) {
+  const int64_t dim = q.view.shape[3];
+  for (int64_t row = 0; row < q.count() / dim; ++row) {
+    const int64_t token = row / q.view.shape[2];
+    q.set(row * dim, token % 3 == 0 ? 0.0 : static_cast<double>(token) / 4);
+  }
+  for (int64_t row = 0; row < k.count() / dim; ++row) {
+    k.set(row * dim, static_cast<double>(row / k.view.shape[2]) / 2);
+  }
+}
+
 }  // namespace heed::testing_oracle

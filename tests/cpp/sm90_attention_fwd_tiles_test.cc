@@ -17,13 +17,16 @@ using test::args_of;
 using test::box_of;
 using test::Call;
 using test::contents_of;
+using test::FakeLaunch;
 using test::is_by_sm90;
+using test::kTallBlock;
 using test::launch_of;
 using test::params_of;
 using test::Sizes;
 using test::sizes_of;
 using test::strides_of;
 using test::tensor;
+using test::with_workspace;
 
 using Sm90AttentionFwdTilesTest = test::Sm90LaunchTest;
 
@@ -100,6 +103,106 @@ TEST_F(Sm90AttentionFwdTilesTest, PacksOfHeadsTooFarApart) {
   EXPECT_TRUE(is_by_sm90(launch_of(call, args)));
   args.q.strides[2] = int64_t{1} << 38;  // of four: 2^41 bytes
   EXPECT_FALSE(is_by_sm90(launch_of(call, args)));
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Tall tiles. What is faster, as it was measured (docs/kernel-notes.md): 16384 tokens and 32 heads of 64 in all.
+
+Call call_of_length(int64_t length, bool is_causal, int64_t num_heads = 32) {
+  Call call{.batch = 16384 / length,
+            .q_len = length,
+            .kv_len = length,
+            .num_q_heads = num_heads,
+            .num_kv_heads = num_heads,
+            .head_dim = 64,
+            .head_dim_v = 64};
+  call.options.is_causal = is_causal;
+  return call;
+}
+
+bool is_tall(const Call& call) {
+  const FakeLaunch launch = launch_of(call, with_workspace(call, args_of(call)), kTallBlock);
+  EXPECT_TRUE(launch.block == kTallBlock || is_by_sm90(launch));
+  return launch.block == kTallBlock;
+}
+
+TEST_F(Sm90AttentionFwdTilesTest, TallTilesWhereSequencesAreLong) {
+  for (const int64_t length : {128, 512, 1024, 2048, 4096, 8192, 16384}) {
+    EXPECT_EQ(is_tall(call_of_length(length, false)), length >= 2048) << length;
+    EXPECT_EQ(is_tall(call_of_length(length, true)), length >= 8192) << length;
+  }
+}
+
+TEST_F(Sm90AttentionFwdTilesTest, TilesThatFillMultiprocessorsOnlyOnceAreNotTall) {
+  EXPECT_TRUE(is_tall(call_of_length(4096, false, 16)));
+  EXPECT_FALSE(is_tall(call_of_length(4096, false, 2)));  // 256 tiles, two waves; 176 would be two as well
+}
+
+// By their mean length, which is all that the host knows.
+TEST_F(Sm90AttentionFwdTilesTest, TallTilesOfPackedSequences) {
+  for (const bool is_causal : {false, true}) {
+    for (const int64_t batch : {1, 2, 8, 16, 64}) {
+      Call call = call_of_length(16384, is_causal);
+      call.is_varlen = true;
+      call.batch = batch;
+      EXPECT_EQ(is_tall(call), batch <= (is_causal ? 2 : 8)) << batch << (is_causal ? " causal" : " full");
+    }
+  }
+}
+
+// Those of tests/sm90_cases.py, which are compared with the oracle.
+TEST_F(Sm90AttentionFwdTilesTest, TallTilesOfShortSequences) {
+  Call call = call_of_length(16384, false);
+  call.batch = 2;
+  call.q_len = 190;
+  call.kv_len = 450;
+  call.num_q_heads = 66;
+  call.num_kv_heads = 33;
+  EXPECT_TRUE(is_tall(call));
+  call.options.is_causal = true;
+  EXPECT_TRUE(is_tall(call));
+  call.kv_len = 340;
+  EXPECT_TRUE(is_tall(call));
+  call.kv_len = 450;
+  call.options.is_causal = false;
+  call.options.causal_align = CausalAlign::kTopLeft;
+  call.options.window_left = 150;
+  call.options.window_right = 300;
+  EXPECT_TRUE(is_tall(call));
+  call = call_of_length(16384, false);
+  call.is_varlen = true;
+  call.batch = 3;
+  call.q_len = call.kv_len = 1333 + 1790 + 1500;
+  call.num_q_heads = 6;
+  call.num_kv_heads = 3;
+  EXPECT_TRUE(is_tall(call));
+  call.options.window_left = call.options.window_right = 1300;
+  EXPECT_TRUE(is_tall(call));
+}
+
+TEST_F(Sm90AttentionFwdTilesTest, NothingThatChangesScoresHasTallTiles) {
+  Call call = call_of_length(16384, false);
+  call.options.softcap = 30.0;
+  EXPECT_FALSE(is_tall(call));
+  call = call_of_length(16384, false);
+  call.options.softmax_scale = -1.0;
+  EXPECT_FALSE(is_tall(call));
+  call = call_of_length(16384, false);
+  call.head_dim = call.head_dim_v = 128;
+  EXPECT_FALSE(is_tall(call));
+}
+
+TEST_F(Sm90AttentionFwdTilesTest, LaunchesOfTallTiles) {
+  const Call call = call_of_length(8192, true);
+  const FakeLaunch launch = launch_of(call, with_workspace(call, args_of(call)), kTallBlock);
+  EXPECT_EQ(launch.grid[0], test::kFakeMultiprocessors);
+  const cuda::Sm90AttentionFwdParams params = params_of(launch);
+  EXPECT_EQ(params.num_tiles, 43);  // of 192 rows
+  EXPECT_EQ(params.num_tiles_in_all, 2U * 32U * 43U);
+  EXPECT_NE(params.next_tile, nullptr);
+  EXPECT_EQ(contents_of(params.q_map).box[1], 64);
+  EXPECT_EQ(contents_of(params.k_map).box[1], 128);
+  EXPECT_EQ(contents_of(params.out_map).box[1], 16);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------

@@ -24,13 +24,13 @@ inline AttentionForwardArgs with_workspace(const Call& call, AttentionForwardArg
   return args;
 }
 
-inline constexpr unsigned kBlock = 384;  // threads; no portable kernel has as many
+inline constexpr unsigned kBlock = 384, kTallBlock = 512;  // threads; no portable kernel has as many
 
-inline FakeLaunch launch_of(const Call& call, const AttentionForwardArgs& args) {
+inline FakeLaunch launch_of(const Call& call, const AttentionForwardArgs& args, unsigned block = kBlock) {
   attention_forward(args, call.options);  // loads
   fake_driver() = FakeDriver();
   fake_driver().num_copied_bytes = sizeof(cuda::Sm90AttentionFwdParams);
-  fake_driver().copied_block = kBlock;
+  fake_driver().copied_block = block;
   attention_forward(args, call.options);
   EXPECT_EQ(fake_driver().launches.size(), 1U);
   return fake_driver().launches.empty() ? FakeLaunch{} : fake_driver().launches[0];

@@ -158,4 +158,101 @@ __device__ __forceinline__ void attend_row(const Sm90AttentionFwdParams& params,
   }
 }
 
+// The same in few registers, where `has_tall_tile`: lanes have two columns each, and the warp takes key after key.
+template <Sm90AttentionFwdSpec kSpec>
+__device__ __forceinline__ void attend_row_in_pairs(const Sm90AttentionFwdParams& params, const AttentionWork& work,
+                                                    int row) {
+  static_assert(kSpec.has_tall_tile());
+  using Math = MathOf<kSpec.element>;
+  constexpr float kSmallestExponent = -745.0f;
+  const int column = (ptx::thread_index() & 31) * 2;
+  const auto find = [&](const DeviceOperand& operand, int head, int token) {
+    return pointer_to<unsigned short>(params, operand, work, head) + token * operand.token + column;
+  };
+  const auto read = [&](const unsigned short* from, int dim, float(&pair)[2]) {
+#pragma unroll
+    for (int e = 0; e < 2; ++e) pair[e] = column + e < dim ? Math::to_float(from[e]) : 0.0f;
+  };
+  // Found again where it is needed: the compiler does not keep what it has read of memory beyond a barrier.
+  const auto find_keys = [&] {
+    __syncwarp();
+    const variants::Band band =
+        variants::make_band(work.q_len, work.kv_len, params.window_left, params.window_right, params.is_bottom_right);
+    return variants::intersect(band.keys_of_any({row, row + 1}), {0, work.kv_len});
+  };
+  const auto [begin, end] = find_keys();
+  const int num_keys = static_cast<int>(end - begin);
+  // To the last key for the largest score, and back to sum up.
+  const unsigned short* k = find(params.k, work.kv_head, work.k_token + static_cast<int>(begin));
+  float q[2];
+  read(find(params.q, work.head, work.q_token + row), params.head_dim_qk, q);
+  const auto score_of_key = [&] {
+    float pair[2];
+    read(k, params.head_dim_qk, pair);
+    float sum = fmaf(q[0], pair[0], q[1] * pair[1]);
+#pragma unroll
+    for (int step = 16; step > 0; step /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, step);
+    return sum;
+  };
+  float top = -kInfinity, total = 0.0f;
+#pragma unroll 1
+  for (int i = 0; i < num_keys; ++i) {
+    const float score = score_of_key();
+    if (!(score < kInfinity)) {
+      total = kNaN;
+      break;
+    }
+    top = fmaxf(top, score);
+    k += params.k.token;
+  }
+  const auto read_sink = [&] { return *pointer_to<float>(params, params.sinks, work, work.head); };
+  const bool is_empty = top == -kInfinity;
+  if (is_empty) top = 0.0f;
+  float shift = 0.0f;  // by how much the sink is above the largest score, if it is
+  if (params.sinks.data != nullptr) {
+    const float above = (read_sink() - top * params.scale) - fmaf(top, params.scale, -(top * params.scale));
+    if (above > 0.0f || (is_empty && above > -kInfinity)) shift = above;
+  }
+  float out[2] = {};
+  if (total == 0.0f) {
+    const unsigned short* v = find(params.v, work.kv_head, work.k_token + static_cast<int>(find_keys().end));
+#pragma unroll 1
+    for (int left = num_keys; left > 0; --left) {
+      k -= params.k.token;
+      v -= params.v.token;
+      const float exponent = (score_of_key() - top) * params.scale - shift;
+      const float weight = exp_accurate(exponent);
+      total += weight;
+      float pair[2];
+      read(v, params.head_dim_v, pair);
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        const bool counts = exponent > kSmallestExponent && fabsf(pair[e]) == kInfinity;
+        out[e] = fmaf(counts ? 1.0f : weight, pair[e], out[e]);
+      }
+    }
+  }
+  __syncwarp();
+  float base = top * params.scale, rest = fmaf(top, params.scale, -(top * params.scale));
+  if (params.sinks.data != nullptr) {
+    const float sink = read_sink();
+    if (shift != 0.0f) {
+      base = sink;
+      rest = 0.0f;
+    }
+    total += exp_accurate((sink - base) - rest);
+  }
+  const float factor = total == 0.0f ? 1.0f : ptx::reciprocal_approx(total);
+  unsigned short* to = const_cast<unsigned short*>(find(params.out, work.head, work.q_token + row));
+#pragma unroll
+  for (int e = 0; e < 2; ++e) {
+    if (column + e < params.head_dim_v) to[e] = static_cast<unsigned short>(Math::pack(out[e] * factor, 0.0f));
+  }
+  if (params.lse.data != nullptr && column == 0) {
+    const_cast<float*>(
+        pointer_to<float>(params, params.lse, work, work.head))[(work.q_token + row) * params.lse.token] =
+        total == 0.0f ? -kInfinity : base + (rest + logf(total));
+  }
+}
+
 }  // namespace heed::cuda

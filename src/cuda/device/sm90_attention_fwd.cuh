@@ -22,6 +22,9 @@
 // scales its output down: rare, and in registers that are free at that point. Masks take instructions at the ends of
 // the rows' keys only. A step is about 345 instructions a warp, 360 with masks, a third of what can be issued.
 //
+// Tall tiles. Up to head dim 64 exponentials are most of the time, and three warpgroups hide more of them than two: 192
+// rows, and Q in shared memory for want of registers. Faster where sequences are long, which the host decides.
+//
 // Copies. K and V take turns in one ring of slots, each 128 keys of one of them, 32 KiB; a slot is free when all warps
 // have released it. That of K is released after the check of the sums, since a redo reads it. Q of the next tile is on
 // its way once this tile's first product, which has Q in registers, has been issued; keys that can be loaded before
@@ -77,9 +80,6 @@ struct Sm90AttentionFwd {
   static constexpr int kSlotBytes = sm90_attention_fwd_slot_bytes(kSpec);
   static_assert(!kSpec.splits_steps ||
                 (!kSpec.is_varlen && !kSpec.has_mask && !kSpec.has_segment_ids && kTile.has_q_in_registers));
-  // What a launch gives each thread, 168 registers with two consumers, moves from the producer to them.
-  static constexpr int kProducerRegisters = 56;
-  static constexpr int kConsumerRegisters = 224;
 
   // Sums of a step's probabilities from which on its references are too old: float32 holds more, but fp16 has to hold
   // each probability.
@@ -96,6 +96,7 @@ struct Sm90AttentionFwd {
   using Scores = float[kKeyTiles * 4];
   using Output = float[kDimTiles * 4];
   static constexpr bool kHasQInRegisters = kTile.has_q_in_registers;
+  static constexpr bool kHasOutInShared = kTile.has_out_in_shared;
   using QFragments = uint32[kHasQInRegisters ? kQkSteps : 1][4];
   using Probabilities = uint32[kPvSteps][4];
   using OutWords = uint32[kDimTiles / 2][4];
@@ -470,13 +471,13 @@ struct Sm90AttentionFwd {
     OutWords words;
     pack(out, words);
     // What it waits for passes under the test. (With segments, registers would be spilled.)
-    constexpr bool kStagesFirst = kHasQInRegisters && !kSpec.has_segment_ids;
+    constexpr bool kStagesFirst = kHasOutInShared && !kSpec.has_segment_ids;
     if constexpr (kStagesFirst) stage_out(lane, words);
     if (__any_sync(0xffffffffu, !are_finite(words))) {
       task.is_left[lane.warp] = true;
       return;
     }
-    if constexpr (kHasQInRegisters) {
+    if constexpr (kHasOutInShared) {
       if constexpr (!kStagesFirst) stage_out(lane, words);
       copy_out(lane, params, task.q);
     } else {
@@ -797,12 +798,12 @@ struct Sm90AttentionFwd {
     // Up to here the launch overlaps the previous kernel: nobody reads or writes memory before it has ended.
     if (warp != kNumConsumers * 4) ptx::wait_for_previous_kernel();
     if (warp >= kNumConsumers * 4) {
-      ptx::decrease_registers<kProducerRegisters>();
+      ptx::decrease_registers<kTile.producer_registers()>();
       if (warp == kNumConsumers * 4) Load::plan(params);
       if (warp == kNumConsumers * 4 + 1 && (ptx::thread_index() & 31) == 0) Load::load(params);
       if (warp >= kNumConsumers * 4 + 2) Load::mend(params);
     } else {
-      ptx::increase_registers<kConsumerRegisters>();
+      ptx::increase_registers<kTile.consumer_registers()>();
       compute(params);
     }
   }

@@ -140,7 +140,7 @@ struct Sm90AttentionLoad {
     ptx::prefetch_tensor_map(params.q_map);
     ptx::prefetch_tensor_map(params.k_map);
     ptx::prefetch_tensor_map(params.v_map);
-    if constexpr (kTile.has_q_in_registers) ptx::prefetch_tensor_map(params.out_map);
+    if constexpr (kTile.has_out_in_shared) ptx::prefetch_tensor_map(params.out_map);
   }
 
   // -------------------------------------------------------------------------------------------------------------------
@@ -229,7 +229,7 @@ struct Sm90AttentionLoad {
     task.q.row += work.q_begin;
     task.kv = place_of(params, work, work.kv_head, work.k_token, work.kv_len);
     task.sink = params.sinks.data == nullptr ? 0.0f : *pointer_to<float>(params, params.sinks, work, work.head);
-    if constexpr (!kTile.has_q_in_registers) {
+    if constexpr (!kTile.has_out_in_shared) {
       task.out = const_cast<unsigned short*>(pointer_to<unsigned short>(params, params.out, work, work.head)) +
                  (work.q_token + work.q_begin) * params.out.token;
     }
@@ -462,7 +462,23 @@ struct Sm90AttentionLoad {
   // Mend: warps that compute rows again whose output was not finite. Not a branch of the warps that compute: they would
   // keep what addresses their products in registers of each thread, which takes a fifth more instructions.
 
+  // The same where registers are few: one counts rows.
+  static __device__ __forceinline__ void mend_in_pairs(const Params& params, const Task& stored) {
+    int row = ptx::thread_index() / 32 % kNumMenders * 16;
+#pragma unroll 1
+    while (row < min(kQRows, stored.rows_left)) {
+      if (!stored.is_left[row / 16]) {
+        row += kNumMenders * 16;
+        continue;
+      }
+      attend_row_in_pairs<kSpec>(params, stored.work, stored.work.q_begin + row);
+      __syncwarp();
+      row += row % 16 == 15 ? (kNumMenders - 1) * 16 + 1 : 1;
+    }
+  }
+
   static __device__ __forceinline__ void mend_tile(const Params& params, const Task& stored) {
+    if constexpr (kSpec.is_tall) return mend_in_pairs(params, stored);
 #pragma unroll 1
     for (int row = 0; row < kQRows; ++row) {
       // From the counter rather than from loops within loops: a register that lived as long would be spilled.
