@@ -167,7 +167,7 @@ def _tiles_in_parts() -> list[Spec]:
         AttentionSpec("parts_few_large_logits", head_dim_qk=128, dtype="bfloat16", numbers="large_logits", **few),
         AttentionSpec("parts_few_nan_visible", head_dim_qk=128, dtype="bfloat16", numbers="nan_visible", **few),
         AttentionSpec("parts_some", head_dim_qk=128, dtype="float16", **some),
-        AttentionSpec("parts_some_d80", head_dim_qk=80, dtype="bfloat16", sinks=True, **some),
+        AttentionSpec("parts_some_d80", head_dim_qk=80, dtype="bfloat16", sinks=True, **{**some, "kv_len": 4000}),
     ]
 
 

@@ -185,14 +185,15 @@ constexpr bool may_split(const Sm90AttentionFwdSpec& spec) {
 
 // The cut of least time, counted in steps. Parts cost: some steps' time to leave them, to look for those of others and
 // to merge them, and a share of it for each part of a tile. So a tile is cut the finer the more steps it has; and with
-// few tiles beyond the last full round, that round's are cut too, in longer parts.
-Cut cut_of(int64_t num_tiles, int64_t num_steps, int64_t num_blocks) {
-  constexpr double kStepsOfMerge = 6.0, kStepsOfPart = 0.5;
+// few tiles beyond the last full round, that round's are cut too, in longer parts. Costs as measured at head dim 128
+// (docs/kernel-notes.md); steps of others are shorter or longer.
+Cut cut_of(int64_t num_tiles, int64_t num_steps, int64_t num_blocks, int64_t head_dims) {
+  const double steps_of_part = 0.5 * 256 / static_cast<double>(head_dims), steps_of_merge = 12 * steps_of_part;
   Cut best{num_tiles, 0};
   if (num_tiles % num_blocks == 0) return best;
   const auto steps = static_cast<double>(num_steps);
   const int64_t parts_of_tile =
-      std::min<int64_t>(static_cast<int64_t>(std::sqrt(steps / kStepsOfPart)), kSm90MaxPartsOfTile - 1);
+      std::min<int64_t>(static_cast<int64_t>(std::sqrt(steps / steps_of_part)), kSm90MaxPartsOfTile - 1);
   const int64_t num_rounds = num_tiles / num_blocks;
   double least = static_cast<double>(num_rounds + 1) * steps - 1.0;  // for less it is not worth its workspace
   for (const int64_t rounds : {num_rounds, num_rounds - 1}) {
@@ -201,8 +202,8 @@ Cut cut_of(int64_t num_tiles, int64_t num_steps, int64_t num_blocks) {
     if (rounds < 0 || parts == 0 || parts == tiles) continue;
     if (num_steps > std::numeric_limits<uint32_t>::max() / (tiles * parts)) continue;
     const double parts_here = static_cast<double>(parts) / static_cast<double>(tiles);  // of a tile
-    const double time = static_cast<double>(rounds) * steps + std::ceil(steps / parts_here) + kStepsOfMerge +
-                        kStepsOfPart * (parts_here + 1);
+    const double time = static_cast<double>(rounds) * steps + std::ceil(steps / parts_here) + steps_of_merge +
+                        steps_of_part * (parts_here + 1);
     if (time < least) {
       least = time;
       best = {whole, parts};
@@ -210,6 +211,8 @@ Cut cut_of(int64_t num_tiles, int64_t num_steps, int64_t num_blocks) {
   }
   return best;
 }
+
+int64_t head_dims_of(const AttentionProblem& problem) { return problem.head_dim_qk + problem.head_dim_v; }
 
 int64_t num_slots_of(const Cut& cut, int64_t num_tiles) {
   return cut.num_parts == 0 ? 0 : num_tiles - cut.num_whole_tiles + cut.num_parts - 1;
@@ -227,7 +230,7 @@ int64_t planned_slots(const AttentionProblem& problem) {
   const Sm90AttentionFwdSpec spec = make_whole_spec(problem);
   if (!may_split(spec)) return 0;
   const auto num_tiles = static_cast<int64_t>(num_tiles_in_all(problem));
-  return num_slots_of(cut_of(num_tiles, num_steps_of(problem, spec), kPlannedBlocks), num_tiles);
+  return num_slots_of(cut_of(num_tiles, num_steps_of(problem, spec), kPlannedBlocks, head_dims_of(problem)), num_tiles);
 }
 
 Sm90AttentionFwdSpec make_spec(const AttentionProblem& problem) {
@@ -445,7 +448,7 @@ void sm90_attention_fwd(const AttentionProblem& problem, const AttentionForwardA
   const LoadedKernel& kernel = of_problem.variant.load_on(args.q.device.index);
   const int64_t num_multiprocessors = std::max(multiprocessor_count(args.q.device.index), 1);
   if (of_problem.num_slots > 0 && args.workspace.data != nullptr) {
-    const Cut cut = cut_of(params.num_tiles_in_all, of_problem.num_steps, num_multiprocessors);
+    const Cut cut = cut_of(params.num_tiles_in_all, of_problem.num_steps, num_multiprocessors, head_dims_of(problem));
     if (cut.num_parts > 0 && num_slots_of(cut, params.num_tiles_in_all) <= of_problem.num_slots) {
       params.num_whole_tiles = static_cast<unsigned>(cut.num_whole_tiles);
       params.num_tiles_in_all = static_cast<unsigned>(cut.num_whole_tiles + cut.num_parts);
