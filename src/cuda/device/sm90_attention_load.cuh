@@ -477,11 +477,10 @@ struct Sm90AttentionLoad {
     }
   }
 
-  static __device__ __forceinline__ void mend_tile(const Params& params, const Task& stored) {
-    if constexpr (kSpec.is_tall) return mend_in_pairs(params, stored);
+  // From one counter rather than from loops within loops: a register that lived as long would be spilled.
+  static __device__ __forceinline__ void mend_whole_rows(const Params& params, const Task& stored) {
 #pragma unroll 1
     for (int row = 0; row < kQRows; ++row) {
-      // From the counter rather than from loops within loops: a register that lived as long would be spilled.
       const int warp = row / 16, mender = ptx::thread_index() / 32 % kNumMenders;
       const bool is_mine = kMendersSplitRows || warp % kNumMenders == mender;
       if (!is_mine || !stored.is_left[warp] || row >= stored.rows_left) {
@@ -490,6 +489,14 @@ struct Sm90AttentionLoad {
       }
       attend_row<kSpec>(params, stored.work, (stored.work.q_begin << head_shift(params)) + row,
                         kMendersSplitRows ? mender * kColumnsAtOnce<kSpec> : 0);
+    }
+  }
+
+  static __device__ __forceinline__ void mend_tile(const Params& params, const Task& stored) {
+    if constexpr (kSpec.is_tall) {
+      mend_in_pairs(params, stored);
+    } else {
+      mend_whole_rows(params, stored);
     }
   }
 
