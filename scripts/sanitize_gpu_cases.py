@@ -104,8 +104,11 @@ SM90 = (
     "varlen_used_nan_float16-d128",
     "varlen_everything-d128-float16",
     "many_tiles_causal",
-    "tall_tiles_nan_hidden",
     "many_tiles_packed_causal",
+    "few_rows_3_group_4_masked",
+    "few_rows_16_group_8",
+    "parts_few",
+    "tall_tiles_nan_hidden",
     *(f"{name}-d{dims}" for dims in ("64", "80", "96", "192", "256", "192_128")
       for name in ("causal_float16", "varlen_tile_edges")),
 )  # fmt: skip
