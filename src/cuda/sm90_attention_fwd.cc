@@ -270,8 +270,8 @@ std::string cannot_serve(const AttentionProblem& problem) {
 
 // The order of dense tiles under a mask. One-sided, some are longer than others: a section is a few heads, whose K and
 // V stay in L2, from its longest tiles to its shortest ones. Short sequences: small sections mix long tiles with short
-// ones, and the last heads, as many as stay in L2, are one section, so that the last tiles of all are short. A window
-// moves on: tiles of all heads at one place read the same few keys (docs/kernel-notes.md).
+// ones, and the last heads are one section, so that the last tiles of all are short. A window moves on: tiles of all
+// heads at one place read the same few keys (docs/kernel-notes.md).
 struct TileOrder {
   int64_t section_heads = 1, tail_heads = 0;
 };
@@ -296,7 +296,7 @@ TileOrder order_of(const AttentionProblem& problem, int64_t num_heads, int q_row
   }
   order.section_heads = std::clamp<int64_t>(num_tiles <= 4 ? 1 : std::min(num_tiles / 2, fitting), 1, num_heads);
   if (num_tiles > 0 && num_tiles <= kMostTailTiles) {
-    order.tail_heads = std::min({kMostTailHeads, kTailTiles / num_tiles, fitting, num_heads});
+    order.tail_heads = std::min({kMostTailHeads, kTailTiles / num_tiles, num_heads});
   }
   return order;
 }

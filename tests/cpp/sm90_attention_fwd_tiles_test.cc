@@ -227,20 +227,6 @@ TEST_F(Sm90AttentionFwdTilesTest, OrderOfTilesUnderACausalMask) {
   }
 }
 
-TEST_F(Sm90AttentionFwdTilesTest, LastSectionFitsL2) {
-  Call call{.batch = 16,
-            .q_len = 1024,
-            .kv_len = 1024,
-            .num_q_heads = 8,
-            .num_kv_heads = 8,
-            .head_dim = 256,
-            .head_dim_v = 256};
-  call.options.is_causal = true;
-  const cuda::Sm90AttentionFwdParams params = params_of(launch_of(call));
-  EXPECT_EQ(params.section_heads, 4);
-  EXPECT_EQ(params.num_tail_heads, 32U);
-}
-
 TEST_F(Sm90AttentionFwdTilesTest, TilesOfAllHeadsStandSideBySideInAWindow) {
   Call call{.batch = 2, .q_len = 4096, .kv_len = 4096, .num_q_heads = 32, .num_kv_heads = 8};
   call.options.is_causal = true;

@@ -233,6 +233,7 @@ struct Sm90AttentionFinish {
     if constexpr (kStagesFirst) stage_out(lane, words);
     if (__any_sync(0xffffffffu, !are_finite(words))) {
       task.is_left[lane.warp] = true;
+      __syncwarp();  // before one lane tells those who read it
       return;
     }
     if constexpr (kHasOutInShared) {
