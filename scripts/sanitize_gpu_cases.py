@@ -108,6 +108,7 @@ SM90 = (
     "few_rows_3_group_4_masked",
     "few_rows_16_group_8",
     "parts_few",
+    "parts_few_nan_visible",
     "tall_tiles_nan_hidden",
     *(f"{name}-d{dims}" for dims in ("64", "80", "96", "192", "256", "192_128")
       for name in ("causal_float16", "varlen_tile_edges")),

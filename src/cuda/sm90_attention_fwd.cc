@@ -35,11 +35,13 @@ struct HeadDims {
 };
 constexpr HeadDims kHeadDims[] = {{64, 64}, {80, 80}, {96, 96}, {128, 128}, {192, 128}, {192, 192}, {256, 256}};
 
+// Multiprocessors of an H100 or H200, for what is chosen before the GPU is known.
+constexpr int64_t kPlannedBlocks = 132;
+
 // How many heads of a group share a tile, as an exponent of 2. A wave of tiles, one on each multiprocessor, takes about
 // as long whatever number of their rows are there: packs of heads pay where they make fewer waves, not where they leave
 // multiprocessors idle. Among packs that make as many, the fewest tiles read the least.
 int head_shift_of(const AttentionProblem& problem, int64_t q_rows) {
-  constexpr int64_t kMultiprocessors = 132;
   const bool can_pack = !problem.is_varlen && !problem.has_segment_ids && !problem.has_alibi;
   if (!can_pack || problem.q_len > q_rows / 2 || problem.num_kv_heads == 0) return 0;
   const int64_t group = problem.num_q_heads / problem.num_kv_heads;
@@ -49,7 +51,7 @@ int head_shift_of(const AttentionProblem& problem, int64_t q_rows) {
     const int64_t num_tiles_of_pack = num_row_tiles(problem, problem.q_len << shift, q_rows);
     const double num_tiles =
         static_cast<double>(problem.num_heads_in_all() >> shift) * static_cast<double>(num_tiles_of_pack);
-    const double num_waves = std::ceil(num_tiles / kMultiprocessors);
+    const double num_waves = std::ceil(num_tiles / kPlannedBlocks);
     const bool pays = num_waves < least_waves || (best > 0 && num_waves == least_waves && num_tiles < least_tiles);
     if (shift > 0 && !pays) continue;
     best = shift;
@@ -64,7 +66,6 @@ int head_shift_of(const AttentionProblem& problem, int64_t q_rows) {
 // (docs/kernel-notes.md).
 double expected_time(const AttentionProblem& problem, const Sm90AttentionFwdSpec& spec) {
   constexpr double kTallStep = 0.86, kTallRow = 150.0;
-  constexpr int64_t kBlocks = 132;  // of an H100 or H200; others are close
   constexpr int64_t kMostSamples = 256;
   const Sm90AttentionFwdTile tile = sm90_attention_fwd_tile(spec);
   const double rows = tile.q_rows();
@@ -94,8 +95,8 @@ double expected_time(const AttentionProblem& problem, const Sm90AttentionFwdSpec
       static_cast<double>(problem.num_heads_in_all()) * static_cast<double>(problem.is_varlen ? num_sequences : 1);
   const double all = sum / static_cast<double>(num_samples) * tiles_of_head * num_heads;
   // Blocks take the longest tiles first. Equal ones come in waves.
-  if (spec.has_mask || problem.is_varlen) return std::max(all / kBlocks, longest);
-  return std::ceil(tiles_of_head * num_heads / kBlocks) * longest;
+  if (spec.has_mask || problem.is_varlen) return std::max(all / kPlannedBlocks, longest);
+  return std::ceil(tiles_of_head * num_heads / kPlannedBlocks) * longest;
 }
 
 // The kernel's variant of a problem, but for whether it splits.
@@ -185,10 +186,9 @@ constexpr bool may_split(const Sm90AttentionFwdSpec& spec) {
 
 // The cut of least time, counted in steps. Parts cost: some steps' time to leave them, to look for those of others and
 // to merge them, and a share of it for each part of a tile. So a tile is cut the finer the more steps it has; and with
-// few tiles beyond the last full round, that round's are cut too, in longer parts. Costs as measured at head dim 128
-// (docs/kernel-notes.md); steps of others are shorter or longer.
-Cut cut_of(int64_t num_tiles, int64_t num_steps, int64_t num_blocks, int64_t head_dims) {
-  const double steps_of_part = 0.5 * 256 / static_cast<double>(head_dims), steps_of_merge = 12 * steps_of_part;
+// few tiles beyond the last full round, that round's are cut too, in longer parts (costs: docs/kernel-notes.md).
+Cut cut_of(const AttentionProblem& problem, int64_t num_tiles, int64_t num_steps, int64_t num_blocks) {
+  const double steps_of_part = 128.0 / static_cast<double>(problem.head_dim_qk + problem.head_dim_v);
   Cut best{num_tiles, 0};
   if (num_tiles % num_blocks == 0) return best;
   const auto steps = static_cast<double>(num_steps);
@@ -202,8 +202,8 @@ Cut cut_of(int64_t num_tiles, int64_t num_steps, int64_t num_blocks, int64_t hea
     if (rounds < 0 || parts == 0 || parts == tiles) continue;
     if (num_steps > std::numeric_limits<uint32_t>::max() / (tiles * parts)) continue;
     const double parts_here = static_cast<double>(parts) / static_cast<double>(tiles);  // of a tile
-    const double time = static_cast<double>(rounds) * steps + std::ceil(steps / parts_here) + steps_of_merge +
-                        steps_of_part * (parts_here + 1);
+    const double time =
+        static_cast<double>(rounds) * steps + std::ceil(steps / parts_here) + steps_of_part * (12 + parts_here + 1);
     if (time < least) {
       least = time;
       best = {whole, parts};
@@ -212,16 +212,12 @@ Cut cut_of(int64_t num_tiles, int64_t num_steps, int64_t num_blocks, int64_t hea
   return best;
 }
 
-int64_t head_dims_of(const AttentionProblem& problem) { return problem.head_dim_qk + problem.head_dim_v; }
-
 int64_t num_slots_of(const Cut& cut, int64_t num_tiles) {
   return cut.num_parts == 0 ? 0 : num_tiles - cut.num_whole_tiles + cut.num_parts - 1;
 }
 
 // How tiles are cut follows from the GPU's number of multiprocessors, but the kernel and the size of the workspace from
-// the problem alone: they are planned for this many, and a GPU that needs more slots cuts none.
-constexpr int64_t kPlannedBlocks = 132;
-
+// the problem alone: a GPU that needs more slots than were planned cuts none.
 int64_t num_steps_of(const AttentionProblem& problem, const Sm90AttentionFwdSpec& spec) {
   return num_row_tiles(problem, problem.kv_len, sm90_attention_fwd_tile(spec).kv_rows);
 }
@@ -230,7 +226,7 @@ int64_t planned_slots(const AttentionProblem& problem) {
   const Sm90AttentionFwdSpec spec = make_whole_spec(problem);
   if (!may_split(spec)) return 0;
   const auto num_tiles = static_cast<int64_t>(num_tiles_in_all(problem));
-  return num_slots_of(cut_of(num_tiles, num_steps_of(problem, spec), kPlannedBlocks, head_dims_of(problem)), num_tiles);
+  return num_slots_of(cut_of(problem, num_tiles, num_steps_of(problem, spec), kPlannedBlocks), num_tiles);
 }
 
 Sm90AttentionFwdSpec make_spec(const AttentionProblem& problem) {
@@ -294,7 +290,8 @@ TileOrder order_of(const AttentionProblem& problem, int64_t num_heads, int q_row
     order.section_heads = std::clamp<int64_t>(problem.num_q_heads, 1, fitting);
     return order;
   }
-  order.section_heads = std::clamp<int64_t>(num_tiles <= 4 ? 1 : std::min(num_tiles / 2, fitting), 1, num_heads);
+  order.section_heads =
+      std::clamp<int64_t>(num_tiles <= 4 ? 1 : std::min(num_tiles / 2, fitting), 1, std::max<int64_t>(num_heads, 1));
   if (num_tiles > 0 && num_tiles <= kMostTailTiles) {
     order.tail_heads = std::min({kMostTailHeads, kTailTiles / num_tiles, num_heads});
   }
@@ -304,8 +301,9 @@ TileOrder order_of(const AttentionProblem& problem, int64_t num_heads, int q_row
 struct Prepared {
   Sm90AttentionFwdParams params{};
   Sm90AttentionFwdTile tile{};
-  int64_t num_steps = 0;  // of a tile
-  int64_t num_slots = 0;  // that the workspace has; 0: the kernel does not split
+  int64_t num_steps = 0;       // of a tile
+  int64_t num_slots = 0;       // that the workspace has; 0: the kernel does not split
+  bool has_workspace = false;  // else nobody has looked at what may be given
   Variant variant;
   // The portable kernel, for operands that TMA cannot copy; made when one is met.
   std::once_flag fallback_once;
@@ -413,6 +411,7 @@ std::shared_ptr<void> prepare_sm90_attention_fwd(const AttentionProblem& problem
   prepared->variant.spec = to_kernel_spec(spec);
   prepared->num_steps = num_steps_of(problem, spec);
   prepared->num_slots = planned_slots(problem);
+  prepared->has_workspace = sm90_attention_fwd_workspace(problem) > 0;
   prepared->tile = sm90_attention_fwd_tile(spec);
   Sm90AttentionFwdParams& params = prepared->params;
   params.head_shift = spec.packs_heads ? head_shift_of(problem, prepared->tile.q_rows()) : 0;
@@ -447,18 +446,19 @@ void sm90_attention_fwd(const AttentionProblem& problem, const AttentionForwardA
   }
   const LoadedKernel& kernel = of_problem.variant.load_on(args.q.device.index);
   const int64_t num_multiprocessors = std::max(multiprocessor_count(args.q.device.index), 1);
-  if (of_problem.num_slots > 0 && args.workspace.data != nullptr) {
-    const Cut cut = cut_of(params.num_tiles_in_all, of_problem.num_steps, num_multiprocessors, head_dims_of(problem));
+  void* workspace = of_problem.has_workspace ? args.workspace.data : nullptr;
+  if (of_problem.num_slots > 0 && workspace != nullptr) {
+    const Cut cut = cut_of(problem, params.num_tiles_in_all, of_problem.num_steps, num_multiprocessors);
     if (cut.num_parts > 0 && num_slots_of(cut, params.num_tiles_in_all) <= of_problem.num_slots) {
       params.num_whole_tiles = static_cast<unsigned>(cut.num_whole_tiles);
       params.num_tiles_in_all = static_cast<unsigned>(cut.num_whole_tiles + cut.num_parts);
-      params.slots = slots_in(args.workspace.data);
+      params.slots = slots_in(workspace);
       set_nonce(params);
     }
   }
   const int64_t num_blocks = std::min(num_multiprocessors, int64_t{params.num_tiles_in_all});
-  if (num_blocks < int64_t{params.num_tiles_in_all} && args.workspace.data != nullptr) {
-    params.next_tile = static_cast<unsigned*>(args.workspace.data);
+  if (num_blocks < int64_t{params.num_tiles_in_all} && workspace != nullptr) {
+    params.next_tile = static_cast<unsigned*>(workspace);
     if (params.slots == nullptr) set_nonce(params);
   }
   launch(kernel, {.grid_x = num_blocks, .stream = args.stream, .overlaps_previous = true}, &params);
@@ -472,7 +472,7 @@ std::vector<KernelSpec> sm90_attention_fwd_common_specs() {
       spec.is_varlen = is_varlen;
       spec.has_mask = has_mask;
       (change(spec), ...);
-      if (spec.has_score_transform() && !has_mask) continue;  // no call has it: make_spec
+      if (spec.has_score_transform() && !has_mask) continue;  // no call has it: make_whole_spec
       if (!has_tile(spec.head_dim_qk, spec.head_dim_v)) continue;
       specs.push_back(to_kernel_spec(spec));
       spec.splits_steps = may_split(spec);

@@ -16,7 +16,7 @@ namespace heed::cuda {
 std::string sm90_attention_fwd_declines(const AttentionProblem& problem, const Target& target);
 
 // Floats of scratch memory for each query head of each leading index and batch row: room for the counter of tiles,
-// which a call has one of, on any of the devices that heads are divided over.
+// which a call has one of, on any of the devices that heads are divided over, and for parts of tiles.
 int64_t sm90_attention_fwd_workspace(const AttentionProblem& problem);
 
 // What is derived from the problem once: the parameters but for the tensors, and the loaded kernel.

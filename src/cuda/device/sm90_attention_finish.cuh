@@ -333,13 +333,14 @@ struct Sm90AttentionFinish {
       if (part.is_whole()) continue;
       uint64* flag = part_flag(lane, params, part.first_slot + min(lane.lane, part.num_slots - 1));
       if (__any_sync(0xffffffffu, ptx::load_acquire(flag) != mark)) continue;
+      __syncwarp();  // each lane has looked at one flag, and reads what all of them stand for
       Rows rows;
       Output out;
       float factor[2], lse;
       merge(lane, params, part, rows, out);
       close_rows(lane, params, Load::task(number), rows, factor, lse);
       store_out(lane, params, Load::task(number), factor, lse, out);
-      *flag = 0;  // a launch that is repeated has the same mark
+      ptx::store_release(flag, 0);  // a launch that is repeated has the same mark
     }
   }
 };

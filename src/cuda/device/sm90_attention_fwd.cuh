@@ -258,9 +258,9 @@ struct Sm90AttentionFwd : Sm90AttentionFinish<kSpec> {
   }
 
   // A row outgrew its reference: the step's probabilities once more, with new references. Rare: small rather than fast.
-  static __device__ __forceinline__ void redo(const Params& params, const Task& task, int step, bool has_out,
-                                              const QFragments& q, uint32 q_from, uint32 k, Rows& rows,
-                                              Probabilities& p, float (&sum)[2], Output& out) {
+  static __device__ __forceinline__ void redo(const Params& params, const Task& task, int step, const QFragments& q,
+                                              uint32 q_from, uint32 k, Rows& rows, Probabilities& p, float (&sum)[2],
+                                              Output& out) {
     const float scale = exponent_scale(params);
     float largest[2] = {-kInfinity, -kInfinity};
 #pragma unroll 1
@@ -275,7 +275,7 @@ struct Sm90AttentionFwd : Sm90AttentionFinish<kSpec> {
     }
     float shrink[2];
     move_references(scale, largest, rows, shrink);
-    if (has_out) scale_out(shrink, out);
+    scale_out(shrink, out);
     sum[0] = sum[1] = 0.0f;
 #pragma unroll 1
     for (int pair = 0; pair < kPvSteps; ++pair) {
@@ -396,7 +396,7 @@ struct Sm90AttentionFwd : Sm90AttentionFinish<kSpec> {
       // Right after the references have been found nothing is above them.
       if (!has_out) return;
       if (__any_sync(0xffffffffu, !(sum[0] + sum[1] < kLargestSum))) {
-        redo(params, Load::task(number), step, has_out, q, q_from, k.tile(), rows, p, sum, out);
+        redo(params, Load::task(number), step, q, q_from, k.tile(), rows, p, sum, out);
       }
     };
 
@@ -421,7 +421,6 @@ struct Sm90AttentionFwd : Sm90AttentionFinish<kSpec> {
       if constexpr (!kIsUpToDate) exponentiate<0, kEarly>(scale, rows.reference, sum, scores);
       exponentiate<kIsUpToDate ? 0 : kEarly, kKeyTiles>(scale, rows.reference, sum, scores);
       pack(scores, p);
-      redo_if_outgrown(k, false);
       release_k(k);
       rows.sum[0] = sum[0];
       rows.sum[1] = sum[1];

@@ -512,7 +512,9 @@ struct Sm90AttentionLoad {
         }
         return;
       }
-      mend_tile(params, stored);
+      bool is_mended_here = true;
+      if constexpr (kSpec.splits_steps) is_mended_here = part(number).is_whole();  // parts: when they have been merged
+      if (is_mended_here) mend_tile(params, stored);
       __syncwarp();
       if ((ptx::thread_index() & 31) == 0) ptx::mbarrier_arrive(task_done(number));
     }
