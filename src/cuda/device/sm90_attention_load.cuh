@@ -313,6 +313,7 @@ struct Sm90AttentionLoad {
       }
       __syncwarp();
       ptx::mbarrier_wait(task_free(), number & 1);
+      __syncwarp();  // or a lane that comes late would wait for a phase that is long over
       ++number;
       begin = next;
     }
