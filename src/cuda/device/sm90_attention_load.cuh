@@ -285,6 +285,7 @@ struct Sm90AttentionLoad {
 
   static __device__ __forceinline__ void wait_for_record(uint32 number) {
     ptx::mbarrier_wait(task_done(number), (number / kNumTasks & 1) ^ 1);
+    __syncwarp();  // or a lane that comes late would wait for a phase that is long over
   }
 
   // The part's steps, tile by tile: no more than three.
