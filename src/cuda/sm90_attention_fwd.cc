@@ -84,9 +84,9 @@ double expected_time(const AttentionProblem& problem, const Sm90AttentionFwdSpec
     const variants::Range keys =
         variants::intersect(band.keys_of_any({begin, std::min(begin + tile.q_rows(), q_len)}), {0, kv_len});
     if (keys.empty()) continue;
-    const auto steps = static_cast<double>((keys.end - 1) / tile.kv_rows - keys.begin / tile.kv_rows + 1);
-    const double time =
-        spec.is_tall ? rows * (kTallStep * steps * tile.kv_rows + kTallRow) : rows * steps * tile.kv_rows;
+    const int64_t steps = (keys.end - 1) / tile.kv_rows - keys.begin / tile.kv_rows + 1;
+    const double products = rows * static_cast<double>(steps * tile.kv_rows);
+    const double time = spec.is_tall ? kTallStep * products + kTallRow * rows : products;
     sum += time;
     longest = std::max(longest, time);
   }
@@ -238,8 +238,8 @@ Sm90AttentionFwdSpec make_spec(const AttentionProblem& problem) {
 // The counter, then, from the next multiple of 128 on, the slots.
 constexpr int64_t kSlotAlignment = 128;
 char* slots_in(void* workspace) {
-  const uintptr_t end = reinterpret_cast<uintptr_t>(workspace) + kCounterBytes;
-  return reinterpret_cast<char*>((end + kSlotAlignment - 1) / kSlotAlignment * kSlotAlignment);
+  char* end = static_cast<char*>(workspace) + kCounterBytes;
+  return end + (kSlotAlignment - reinterpret_cast<uintptr_t>(end) % kSlotAlignment) % kSlotAlignment;
 }
 
 // What the kernel cannot do.

@@ -24,7 +24,7 @@ struct Sm90AttentionFwdSpec {
   bool packs_heads = false;
   // The last tiles are shared out by steps, not whole: dense, all tiles alike, and Q in registers.
   bool splits_steps = false;
-  bool is_tall = false;       // tiles of more query rows, where `has_tall_tile`; faster where sequences are long
+  bool is_tall = false;  // tiles of more query rows, where `has_tall_tile`; faster where sequences are long
 
   HEED_HOST_DEVICE constexpr bool has_score_transform() const { return has_softcap || has_alibi || scales_first; }
   HEED_HOST_DEVICE constexpr bool has_tall_tile() const {
