@@ -17,6 +17,7 @@ from heed._arrays import DLPackOps
 from heed._lib import function
 from heed._problem import AttentionStatics, attention_text, resolve_attention
 from jax_cases import attend, check, make_operands
+from sm90_cases import OWN, call_of
 from test_jax_sharding import assert_no_communication, make_mesh, place, run, specs_of
 
 SM90, SM80 = "sm90_attention_fwd", "sm80_attention_fwd"
@@ -197,6 +198,14 @@ def test_the_shape_of_the_workspace() -> None:
     text = attention_text(AttentionStatics(), [("bfloat16", (5, 2, 1024, 8, 128))] * 3 + [None] * 7)
     assert resolve_attention(text, "sm_90a").workspace_shape == (5, 2, 8, 4)
     assert resolve_attention(text, "cpu").workspace_shape == (5, 2, 8, 0)
+
+
+@pytest.mark.parametrize("spec", [spec for spec in OWN if spec.name.startswith("parts_")], ids=lambda spec: spec.name)
+def test_tiles_in_parts_have_room_for_them(spec: Any) -> None:
+    """What is compared with the oracle on a GPU as tiles in parts does have parts: those are what takes megabytes."""
+    call = call_of(spec)
+    found = heed.explain(heed.flash_mha, *call.operands, **call.arrays, **call.statics, target="sm_90a")
+    assert found.chosen == SM90 and 2**21 < found.workspace_bytes <= 28 * 2**20
 
 
 @pytest.mark.skipif(len(jax.devices("cpu")) < 4, reason="needs four CPU devices (conftest.py makes them)")

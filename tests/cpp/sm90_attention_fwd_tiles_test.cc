@@ -66,6 +66,16 @@ TEST_F(Sm90AttentionFwdTilesTest, HeadsOfAGroupShareTiles) {
   }
 }
 
+// Those of tests/sm90_cases.py, which are compared with the oracle.
+TEST_F(Sm90AttentionFwdTilesTest, HeadsOfFewRowsShareTiles) {
+  for (const int64_t q_len : {1, 3, 16, 33}) {
+    for (const int64_t group : {2, 3, 4, 6, 8, 16}) {
+      const Call call = few_rows(160 / group + 1, q_len, 2 * group, 2);
+      EXPECT_EQ(params_of(launch_of(call)).head_shift > 0, group % 2 == 0) << q_len << " rows, groups of " << group;
+    }
+  }
+}
+
 TEST_F(Sm90AttentionFwdTilesTest, HeadsShareNoTilesWhereRowsDifferInMore) {
   const Call call = few_rows(32, 16, 32, 8);
   AttentionForwardArgs args = args_of(call);

@@ -47,7 +47,6 @@
 
 #include "cuda/device/element.cuh"
 #include "cuda/device/ptx_sm90.cuh"
-#include "cuda/device/score_math.cuh"
 #include "cuda/device/score_transform.cuh"
 #include "cuda/device/segment_steps.cuh"
 #include "cuda/device/sm90_attention_finish.cuh"
