@@ -5,6 +5,7 @@
 
 #include "cuda/attention_spec.h"
 #include "cuda/tensor_map.h"
+#include "variants/band.h"
 
 namespace heed::cuda {
 
@@ -22,7 +23,7 @@ struct Sm90AttentionFwdSpec {
   // A tile has rows of several heads of a group, which read the same keys: for few rows a head. Not with packed
   // sequences, segment ids or ALiBi.
   bool packs_heads = false;
-  // The last tiles are shared out by steps, not whole: dense, all tiles alike, and Q in registers.
+  // The last tiles are shared out by steps, not whole: dense, all tiles touch the same keys, and Q in registers.
   bool splits_steps = false;
   bool is_tall = false;  // tiles of more query rows, where `has_tall_tile`; faster where sequences are long
 
@@ -105,6 +106,15 @@ HEED_HOST_DEVICE constexpr int sm90_attention_fwd_slot_bytes(const Sm90Attention
   return sm90_attention_fwd_tile(spec).num_consumers * 4 * sm90_attention_fwd_slot_warp_bytes(spec) + 128;
 }
 inline constexpr int kSm90MaxPartsOfTile = 32;  // a lane looks at each
+
+// Keys that any row of a dense call sees. All tiles touch the same ones where a head's rows are one tile, and where
+// nothing is masked.
+HEED_HOST_DEVICE constexpr variants::Range sm90_attention_fwd_keys(variants::Index q_len, variants::Index kv_len,
+                                                                   variants::Index window_left,
+                                                                   variants::Index window_right, bool is_bottom_right) {
+  const variants::Band band = variants::make_band(q_len, kv_len, window_left, window_right, is_bottom_right);
+  return variants::intersect(band.keys_of_any({0, q_len}), {0, kv_len});
+}
 
 struct Sm90AttentionFwdParams : AttentionParams {
   TensorMap q_map, k_map, v_map, out_map;

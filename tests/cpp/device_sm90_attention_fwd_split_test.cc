@@ -24,6 +24,7 @@ constexpr Sm90AttentionFwdSpec kSplitF16 = split(kF16);
 struct Cut {
   unsigned num_blocks, num_whole_tiles, num_parts;
   bool takes_turns = true;
+  int head_shift = 0;  // with heads that share tiles, of which the exponent of 2 is this
 };
 
 template <Sm90AttentionFwdSpec kSpec>
@@ -38,8 +39,10 @@ class SplitLaunch {
         params_(make_params<Sm90AttentionFwdParams>(c)) {
     constexpr int kQRows = cuda::sm90_attention_fwd_tile(kSpec).q_rows();
     set_operands(params_, in_, out_, lse_);
+    params_.head_shift = cut.head_shift;
+    params_.num_heads >>= cut.head_shift;
     make_maps<kSpec>(params_, c);
-    params_.num_tiles = (params_.q_len + kQRows - 1) / kQRows;
+    params_.num_tiles = ((params_.q_len << cut.head_shift) + kQRows - 1) / kQRows;
     const unsigned num_tiles = static_cast<unsigned>(params_.num_tiles) * params_.num_heads;
     num_slots_ = num_tiles - cut.num_whole_tiles + cut.num_parts - 1;
     params_.num_whole_tiles = cut.num_whole_tiles;
@@ -119,7 +122,8 @@ class SplitLaunch {
 // Forwards, then, as a graph does, once more with the same parameters, backwards and in any order.
 template <Sm90AttentionFwdSpec kSpec>
 void expect_split_matches(const Case& c, const Cut& cut) {
-  SCOPED_TRACE(testing::Message() << cut.num_whole_tiles << " whole tiles, " << cut.num_parts << " parts");
+  SCOPED_TRACE(testing::Message() << c.q_len << " rows, " << c.kv_len << " keys, " << cut.num_whole_tiles
+                                  << " whole tiles, " << cut.num_parts << " parts, packs of " << (1 << cut.head_shift));
   static std::mt19937 random{1};
   SplitLaunch<kSpec> launch(c, cut);
   std::vector<double> first;
@@ -269,6 +273,162 @@ TEST(DeviceSm90AttentionFwdSplitTest, EveryPartMergesAlike) {
     launch.run(block);
     EXPECT_TRUE(launch.results() == first) << block;
   }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Masks, where a head has one tile of rows, and heads that share tiles.
+
+constexpr Sm90AttentionFwdSpec with_packs(Sm90AttentionFwdSpec spec) {
+  spec.packs_heads = true;
+  return spec;
+}
+constexpr Sm90AttentionFwdSpec kMasked64 = split(spec_of(Element::kBFloat16, 64, 64, true));
+constexpr Sm90AttentionFwdSpec kMasked = split(kBf16Masked);
+constexpr Sm90AttentionFwdSpec kPacked64 = with_packs(kSplit64);
+constexpr Sm90AttentionFwdSpec kMaskedPacked64 = with_packs(kMasked64);
+constexpr Sm90AttentionFwdSpec kMaskedPacked = with_packs(kMasked);
+
+Case grouped(Case c, int64_t group) {
+  c.num_kv_heads = 2;
+  c.num_q_heads = 2 * group;
+  return c;
+}
+Case masked(Case c, int64_t left, int64_t right, CausalAlign align) {
+  c.options.window_left = left;
+  c.options.window_right = right;
+  c.options.causal_align = align;
+  return c;
+}
+
+TEST(DeviceSm90AttentionFwdSplitTest, PacksOfHeads) {
+  for (const int64_t q_len : {1, 5, 16, 33}) {
+    const Case c = grouped(split_case_of(q_len, 1, 4 * 128 - 9, 64), 8);
+    for (const int shift : {1, 2, 3}) {
+      const unsigned tiles = (16U >> shift) * static_cast<unsigned>(((q_len << shift) + 127) / 128);
+      expect_split_matches<kPacked64>(c, {tiles + 3, 0, tiles + 3, true, shift});
+      expect_split_matches<kPacked64>(c, {2, tiles - 1, 2, true, shift});
+    }
+  }
+  expect_split_matches<kPacked64>(grouped(split_case_of(7, 1, 300, 64), 16), {5, 0, 5, false, 4});
+  expect_split_matches<kPacked64>(grouped(split_case_of(7, 1, 300, 64), 6), {7, 0, 7, true, 1});
+}
+
+TEST(DeviceSm90AttentionFwdSplitTest, Causal) {
+  for (const int64_t q_len : {2, 64, 100, 128}) {
+    for (const int64_t kv_len : {128, 300, 513, 640}) {
+      const unsigned steps = static_cast<unsigned>(kv_len + 127) / 128;
+      for (const unsigned parts : {steps, 2 * steps - 1, 2 * steps}) {
+        Case c = split_case_of(q_len, 2, kv_len, 64);
+        c.options.is_causal = true;
+        expect_split_matches<kMasked64>(c, {parts, 0, parts});
+      }
+    }
+  }
+}
+
+// The first and the last rows see nothing of some parts: of those at either end, of all but one, or of any.
+TEST(DeviceSm90AttentionFwdSplitTest, Windows) {
+  const struct {
+    int64_t left, right;
+  } windows[] = {{-1, 0}, {-1, 200}, {0, 0}, {60, 30}, {200, 0}, {300, 300}, {130, -1}, {1000, 0}};
+  for (const CausalAlign align : {CausalAlign::kBottomRight, CausalAlign::kTopLeft}) {
+    for (const auto& [left, right] : windows) {
+      const Case c = masked(split_case_of(90, 3, 700, 64), left, right, align);
+      const auto keys = cuda::sm90_attention_fwd_keys(90, 700, left, right, align == CausalAlign::kBottomRight);
+      const auto steps = static_cast<unsigned>((keys.end + 127) / 128 - keys.begin / 128);
+      for (const unsigned parts : {2U, 4U, 3 * steps}) {
+        if (parts <= 3 * steps) expect_split_matches<kMasked64>(c, {parts, 0, parts});
+      }
+      if (steps > 1) expect_split_matches<kMasked64>(c, {2, 2, 2});
+    }
+  }
+}
+
+// Rows that see no key in any part, whether there are none or their scores are -inf.
+TEST(DeviceSm90AttentionFwdSplitTest, RowsWithoutKeys) {
+  for (const bool has_sinks : {false, true}) {
+    Case c = masked(split_case_of(100, 2, 60, 64), 0, -1, CausalAlign::kTopLeft);
+    c.has_sinks = has_sinks;
+    expect_split_matches<kMasked64>(c, {2, 0, 2});
+    c = grouped(split_case_of(16, 1, 400, 64), 4);
+    c.options.is_causal = true;
+    c.has_sinks = has_sinks;
+    c.edit = [](Tensor& q, Tensor& k, Tensor& /*v*/) {
+      for (int64_t row = 0; row < q.count() / 64; ++row) q.set(row * 64, 1.0);
+      for (int64_t key = 0; key < 400; ++key) {
+        if (key < 256 || key > 393) k.set(key * 2 * 64, -kInfinity);  // of the first KV head
+        k.set((key * 2 + 1) * 64, -kInfinity);
+      }
+    };
+    expect_split_matches<kMaskedPacked64>(c, {5, 0, 5, true, 2});
+  }
+}
+
+TEST(DeviceSm90AttentionFwdSplitTest, MaskedPacksOfHeads) {
+  const struct { int64_t left, right; } windows[] = {{-1, 0}, {140, 0}, {30, 290}, {-1, 250}};
+  for (const CausalAlign align : {CausalAlign::kBottomRight, CausalAlign::kTopLeft}) {
+    for (const auto& [left, right] : windows) {
+      for (const int64_t q_len : {2, 4, 15}) {
+        const Case c = masked(grouped(split_case_of(q_len, 1, 700, 64), 8), left, right, align);
+        const auto keys = cuda::sm90_attention_fwd_keys(q_len, 700, left, right, align == CausalAlign::kBottomRight);
+        const auto steps = static_cast<unsigned>((keys.end + 127) / 128 - keys.begin / 128);
+        for (const int shift : {1, 3}) {
+          const unsigned tiles = 16U >> shift, parts = std::min(tiles + 3, tiles * steps);
+          expect_split_matches<kMaskedPacked64>(c, {parts, 0, parts, true, shift});
+          if (steps > 1) expect_split_matches<kMaskedPacked64>(c, {2, tiles - 1, 2, true, shift});
+        }
+      }
+    }
+  }
+}
+
+// Rows of products are weights of 0 there, and 0 * NaN is NaN.
+TEST(DeviceSm90AttentionFwdSplitTest, HiddenKeysThatAreNotFinite) {
+  Case c = grouped(split_case_of(16, 1, 520, 128), 4);
+  c.options.is_causal = true;
+  c.has_sinks = true;
+  c.edit = [](Tensor& q, Tensor& k, Tensor& v) {
+    for (int64_t key = 510; key < 520; ++key) {
+      v.set((key * 2) * 128 + 3, key % 2 == 0 ? kNaN : kInfinity);
+      k.set((key * 2 + 1) * 128 + 3, kNaN);
+    }
+    q.set((2 * 8 + 5) * 128, kNaN);  // row 2 of head 5
+  };
+  expect_split_matches<kMaskedPacked>(c, {7, 0, 7, true, 2});
+  expect_split_matches<kMasked>(c, {11, 0, 11});
+  c.options.is_causal = false;
+  c.options.window_left = 100;
+  expect_split_matches<kMaskedPacked>(c, {6, 0, 6, true, 1});
+}
+
+TEST(DeviceSm90AttentionFwdSplitTest, MaskedGrowingAndSteepScores) {
+  Case c = grouped(split_case_of(30, 1, 512, 128), 4);
+  c.options.is_causal = true;
+  c.edit = make_growing;
+  expect_split_matches<kMaskedPacked>(c, {5, 0, 5, true, 2});
+  c.edit = make_mixed;
+  expect_split_matches<kMaskedPacked>(c, {7, 0, 7, true, 2});
+  c.edit = nullptr;
+  c.gain = 2500.0;
+  expect_split_matches<kMaskedPacked>(c, {5, 0, 5, true, 2});
+  c.gain = 1.0;
+  c.dtype = DType::kFloat16;
+  expect_split_matches<with_packs(split(spec_of(Element::kFloat16, 128, 128, true)))>(c, {5, 0, 5, true, 2});
+}
+
+template <int kQk, int kV>
+void check_packed_head_dims() {
+  Case c = grouped(split_case_of(9, 1, 400, kQk), 4);
+  c.head_dim_v = kV;
+  expect_split_matches<with_packs(split(spec_of(Element::kBFloat16, kQk, kV)))>(c, {5, 0, 5, true, 2});
+  c.options.is_causal = true;
+  expect_split_matches<with_packs(split(spec_of(Element::kBFloat16, kQk, kV, true)))>(c, {5, 0, 5, true, 2});
+}
+
+TEST(DeviceSm90AttentionFwdSplitTest, PacksOfOtherHeadDims) {
+  check_packed_head_dims<80, 80>();
+  check_packed_head_dims<96, 96>();
+  check_packed_head_dims<192, 128>();
 }
 
 }  // namespace

@@ -29,8 +29,7 @@ struct Sm90AttentionFinish {
   static constexpr int kWarpPartBytes = 16 * kPartRowBytes;
   static constexpr int kSlotWarpBytes = sm90_attention_fwd_slot_warp_bytes(kSpec);
   static constexpr int kSlotBytes = sm90_attention_fwd_slot_bytes(kSpec);
-  static_assert(!kSpec.splits_steps ||
-                (!kSpec.is_varlen && !kSpec.has_mask && !kSpec.has_segment_ids && kTile.has_q_in_registers));
+  static_assert(!kSpec.splits_steps || (!kSpec.is_varlen && !kSpec.has_segment_ids && kTile.has_q_in_registers));
 
   // Sums of a step's probabilities from which on its references are too old: float32 holds more, but fp16 has to hold
   // each probability.

@@ -38,8 +38,9 @@
 // Few rows. Where heads have few rows and share their keys, a tile has those of several heads of a group: K and V are
 // read once for all of them, and fewer rows of products are empty (packs_heads).
 //
-// Parts of tiles. Without masks all tiles take as long, and where they do not fill the last round of blocks, the steps
-// of the last ones are shared out evenly (plan_part). Outputs of parts, 64 KiB each, pass through L2.
+// Parts of tiles. Without masks, and where heads have one tile each, all tiles take as long. Where they do not fill the
+// last round of blocks, the steps of the last ones are shared out evenly (plan_part). Outputs of parts, 64 KiB each,
+// pass through L2. Rows that see nothing of a part leave a sum of 0 and a reference below all others.
 //
 // What is not finite. A NaN or an infinity in V reaches all rows of a product, also those that do not see the key. Rows
 // whose output is not finite are therefore left to warps that have nothing else to do, key by key.
@@ -302,7 +303,7 @@ struct Sm90AttentionFwd : Sm90AttentionFinish<kSpec> {
     Rows rows;
     Ring ring;
     uint32 number = 0;  // of the tile
-    int step = 0;
+    int step = 0, first_step = 0;
     bool is_last = false;  // step of the tile
     float sum[2] = {0.0f, 0.0f}, shrink[2];
     SegmentIds<kKvRows> ids;
@@ -310,8 +311,10 @@ struct Sm90AttentionFwd : Sm90AttentionFinish<kSpec> {
     const uint32 q_from = q_chunk(Lane());
     const int warpgroup = __shfl_sync(0xffffffffu, Lane().warpgroup(), 0);
     const uint32 q_tile = Load::memory_at(kLayout.q + warpgroup * kLayout.q_bytes);
+    // What would live through the whole loop, and be spilled, is computed where it is needed.
+    constexpr bool kIsShortOfRegisters = kSpec.splits_steps && kSpec.has_mask;
     const auto release = [&](uint32 barrier) {
-      if (is_lane_0) ptx::mbarrier_arrive(barrier);
+      if (kIsShortOfRegisters ? Lane().lane == 0 : is_lane_0) ptx::mbarrier_arrive(barrier);
     };
     const auto release_k = [&](const Ring& k) {
       release(k.free());
@@ -345,8 +348,8 @@ struct Sm90AttentionFwd : Sm90AttentionFinish<kSpec> {
       ptx::mbarrier_wait(Load::q_full(), n & 1);
       const Steps steps = Load::task(n).steps;
       if (steps.begin == steps.end) return false;
-      step = steps.begin;
-      load_q(q_from, q);
+      step = first_step = steps.begin;
+      load_q(kIsShortOfRegisters ? q_chunk(Lane()) : q_from, q);
       return true;
     };
     // Not before the tile's first product has been issued, which waits for Q's registers. Reads that have only been
@@ -427,6 +430,7 @@ struct Sm90AttentionFwd : Sm90AttentionFinish<kSpec> {
     bool has_out = false;
 
     while (true) {
+      if constexpr (kIsShortOfRegisters) has_out = step != first_step;
       const bool is_first = is_last;
       if (is_first) {
         if (!open_tile(number + 1)) break;

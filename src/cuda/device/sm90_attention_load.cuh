@@ -288,10 +288,21 @@ struct Sm90AttentionLoad {
     __syncwarp();  // or a lane that comes late would wait for a phase that is long over
   }
 
+  // Of each tile, where all tiles touch the same ones.
+  static __device__ __forceinline__ Steps steps_of_all_tiles(const Params& params) {
+    variants::Range keys = {0, params.kv_len};
+    if constexpr (kSpec.has_mask) {
+      keys = sm90_attention_fwd_keys(params.q_len, params.kv_len, params.window_left, params.window_right,
+                                     params.is_bottom_right);
+    }
+    return Steps::touching(keys);
+  }
+
   // The part's steps, tile by tile: no more than three.
   static __device__ __forceinline__ void plan_part(const Params& params, uint32 index, uint32 number, bool is_lane_0) {
     const uint32 num_parts = params.num_tiles_in_all - params.num_whole_tiles;
-    const uint32 num_steps = static_cast<uint32>(Steps::touching({0, params.kv_len}).end);
+    const Steps steps = steps_of_all_tiles(params);
+    const uint32 num_steps = static_cast<uint32>(steps.end - steps.begin);
     const uint32 num_tiles = static_cast<uint32>(params.num_tiles) * params.num_heads - params.num_whole_tiles;
     const uint32 num_steps_in_all = num_tiles * num_steps;
     const auto part_with = [&](uint32 step) { return ((step + 1) * num_parts - 1) / num_steps_in_all; };
@@ -306,7 +317,8 @@ struct Sm90AttentionLoad {
       wait_for_record(number);
       if (is_lane_0) {
         fill_task(params, dense_tile(params, params.num_whole_tiles + tile),
-                  {static_cast<int>(begin - first), static_cast<int>(next - first)}, task(number));
+                  {steps.begin + static_cast<int>(begin - first), steps.begin + static_cast<int>(next - first)},
+                  task(number));
         const uint32 first_part = part_with(first);
         part(number) = {static_cast<int>(index + tile), static_cast<int>(first_part + tile),
                         static_cast<int>(part_with(last) - first_part + 1)};
