@@ -109,6 +109,16 @@ __device__ __forceinline__ void stmatrix_x4(uint32 to, uint32 a, uint32 b, uint3
                : "memory");
 }
 
+// Lane 0 alone stores. A predicate by hand: behind a branch, the compiler spills registers of kernels that are full.
+__device__ __forceinline__ void store_byte_of_lane_0(int lane, uint32 to, uint32 value) {
+  asm volatile(
+      "{\n.reg .pred is_first;\n"
+      "setp.eq.s32 is_first, %0, 0;\n"
+      "@is_first st.shared.u8 [%1], %2;\n}" ::"r"(lane),
+      "r"(to), "r"(value)
+      : "memory");
+}
+
 // The number that the counter had.
 __device__ __forceinline__ uint32 take_tile(unsigned* counter) {
   uint32 number;

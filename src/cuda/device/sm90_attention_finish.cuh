@@ -231,8 +231,8 @@ struct Sm90AttentionFinish {
     constexpr bool kStagesFirst = kHasOutInShared && !kSpec.has_segment_ids;
     if constexpr (kStagesFirst) stage_out(lane, words);
     if (__any_sync(0xffffffffu, !are_finite(words))) {
-      task.is_left[lane.warp] = true;
-      __syncwarp();  // before one lane tells those who read it
+      ptx::store_byte_of_lane_0(lane.lane, ptx::shared_address(task.is_left + lane.warp),
+                                1);  // lane 0 also tells readers
       return;
     }
     if constexpr (kHasOutInShared) {

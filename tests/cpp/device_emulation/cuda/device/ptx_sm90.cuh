@@ -69,6 +69,10 @@ inline void stmatrix_x4(uint32 to, uint32 a, uint32 b, uint32 c, uint32 d) {
   }
 }
 
+inline void store_byte_of_lane_0(int lane, uint32 to, uint32 value) {
+  if (lane == 0) *shared_pointer(to, 1) = static_cast<char>(value);
+}
+
 inline uint32 take_tile(unsigned* counter) { return atomicAdd(counter, 1u); }
 inline void store_release(uint64* to, uint64 value) { *to = value; }
 inline uint64 load_acquire(const uint64* from) { return *from; }
