@@ -158,9 +158,16 @@ def _few_rows() -> list[Spec]:
 
 
 def _tiles_in_parts() -> list[Spec]:
-    """Fewer tiles than multiprocessors, or some more than a round of them: blocks share tiles by steps."""
+    """Fewer tiles than multiprocessors, or some more than a round of them: blocks share tiles by steps. With few rows,
+    heads of a group share such tiles, and there may be a mask.
+    """
     few: dict[str, Any] = {"batch": 1, "q_len": 200, "kv_len": 6000, "num_q_heads": 6, "num_kv_heads": 2}
     some: dict[str, Any] = {"batch": 1, "q_len": 1100, "kv_len": 1700, "num_q_heads": 16, "num_kv_heads": 4}
+    own: dict[str, Any] = {"batch": 1, "q_len": 100, "kv_len": 6000, "num_q_heads": 3, "num_kv_heads": 3}
+    group: dict[str, Any] = {"batch": 2, "q_len": 16, "kv_len": 6000, "num_q_heads": 16, "num_kv_heads": 2}
+    d128: dict[str, Any] = {"head_dim_qk": 128, "dtype": "bfloat16"}
+    d64: dict[str, Any] = {"head_dim_qk": 64, "dtype": "float16", "sinks": True}
+    window: dict[str, Any] = {"causal_align": "top_left", "window_size": (-1, 4000)}
     return [
         AttentionSpec("parts_few", head_dim_qk=128, dtype="bfloat16", **few),
         AttentionSpec("parts_few_float16", head_dim_qk=64, dtype="float16", sinks=True, **few),
@@ -168,6 +175,21 @@ def _tiles_in_parts() -> list[Spec]:
         AttentionSpec("parts_few_nan_visible", head_dim_qk=128, dtype="bfloat16", numbers="nan_visible", **few),
         AttentionSpec("parts_some", head_dim_qk=128, dtype="float16", **some),
         AttentionSpec("parts_some_d80", head_dim_qk=80, dtype="bfloat16", sinks=True, **{**some, "kv_len": 4000}),
+        AttentionSpec("parts_causal", is_causal=True, **own, **d128),
+        AttentionSpec("parts_causal_float16", is_causal=True, **own, **d64),
+        AttentionSpec("parts_causal_large_logits", is_causal=True, numbers="large_logits", **own, **d128),
+        AttentionSpec("parts_window", window_size=(5000, 0), **own, **d128),
+        AttentionSpec("parts_top_left_window", **window, **own, **d64),
+        AttentionSpec("parts_packs", **group, **d128),
+        AttentionSpec("parts_packs_float16", **group, **d64),
+        AttentionSpec("parts_packs_causal", is_causal=True, **group, **d128),
+        AttentionSpec("parts_packs_causal_float16", is_causal=True, **group, **d64),
+        AttentionSpec("parts_packs_causal_large_logits", is_causal=True, numbers="large_logits", **group, **d128),
+        AttentionSpec("parts_packs_causal_nan_hidden", is_causal=True, numbers="nan_hidden", **group, **d128),
+        AttentionSpec("parts_packs_causal_nan_visible", is_causal=True, numbers="nan_visible", **group, **d64),
+        AttentionSpec("parts_packs_window", window_size=(3000, 2), **group, **d128),
+        AttentionSpec("parts_packs_top_left_window", **window, **group, **d128),
+        AttentionSpec("parts_packs_one_query", is_causal=True, **{**group, "q_len": 1}, **d128),
     ]
 
 

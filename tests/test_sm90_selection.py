@@ -202,10 +202,12 @@ def test_the_shape_of_the_workspace() -> None:
 
 @pytest.mark.parametrize("spec", [spec for spec in OWN if spec.name.startswith("parts_")], ids=lambda spec: spec.name)
 def test_tiles_in_parts_have_room_for_them(spec: Any) -> None:
-    """What is compared with the oracle on a GPU as tiles in parts does have parts: those are what takes megabytes."""
+    """What is compared with the oracle on a GPU as tiles in parts does have parts: nothing else takes more than some
+    bytes for each head.
+    """
     call = call_of(spec)
     found = heed.explain(heed.flash_mha, *call.operands, **call.arrays, **call.statics, target="sm_90a")
-    assert found.chosen == SM90 and 2**21 < found.workspace_bytes <= 28 * 2**20
+    assert found.chosen == SM90 and 2**19 < found.workspace_bytes <= 28 * 2**20
 
 
 @pytest.mark.skipif(len(jax.devices("cpu")) < 4, reason="needs four CPU devices (conftest.py makes them)")

@@ -4,7 +4,6 @@
 
 #include <algorithm>
 #include <atomic>
-#include <cmath>
 #include <cstdint>
 #include <limits>
 #include <mutex>
@@ -15,8 +14,8 @@
 #include "cuda/attention_host.h"
 #include "cuda/sm80_attention_fwd.h"
 #include "cuda/sm90_attention_fwd_spec.h"
+#include "cuda/sm90_attention_plan.h"
 #include "cuda/tensor_map_host.h"
-#include "variants/band.h"
 
 namespace heed::cuda {
 namespace {
@@ -34,92 +33,6 @@ struct HeadDims {
   int64_t qk, v;
 };
 constexpr HeadDims kHeadDims[] = {{64, 64}, {80, 80}, {96, 96}, {128, 128}, {192, 128}, {192, 192}, {256, 256}};
-
-// Multiprocessors of an H100 or H200, for what is chosen before the GPU is known.
-constexpr int64_t kPlannedBlocks = 132;
-
-// How many heads of a group share a tile, as an exponent of 2. A wave of tiles, one on each multiprocessor, takes about
-// as long whatever number of their rows are there: packs of heads pay where they make fewer waves, not where they leave
-// multiprocessors idle. Among packs that make as many, the fewest tiles read the least.
-int head_shift_of(const AttentionProblem& problem, int64_t q_rows) {
-  const bool can_pack = !problem.is_varlen && !problem.has_segment_ids && !problem.has_alibi;
-  if (!can_pack || problem.q_len > q_rows / 2 || problem.num_kv_heads == 0) return 0;
-  const int64_t group = problem.num_q_heads / problem.num_kv_heads;
-  int best = 0;
-  double least_waves = 0.0, least_tiles = 0.0;
-  for (int shift = 0; 1 << shift <= kMostPackedHeads && group % (1 << shift) == 0; ++shift) {
-    const int64_t num_tiles_of_pack = num_row_tiles(problem, problem.q_len << shift, q_rows);
-    const double num_tiles =
-        static_cast<double>(problem.num_heads_in_all() >> shift) * static_cast<double>(num_tiles_of_pack);
-    const double num_waves = std::ceil(num_tiles / kPlannedBlocks);
-    const bool pays = num_waves < least_waves || (best > 0 && num_waves == least_waves && num_tiles < least_tiles);
-    if (shift > 0 && !pays) continue;
-    best = shift;
-    least_waves = num_waves;
-    least_tiles = num_tiles;
-  }
-  return best;
-}
-
-// What a problem takes with the tile, in products of a query row and a key; only the ratio of two tiles counts. Tall
-// tiles have steps that are faster by a constant factor and rows that take as long as some more keys: both as measured
-// (docs/kernel-notes.md).
-double expected_time(const AttentionProblem& problem, const Sm90AttentionFwdSpec& spec) {
-  constexpr double kTallStep = 0.86, kTallRow = 150.0;
-  constexpr int64_t kMostSamples = 256;
-  const Sm90AttentionFwdTile tile = sm90_attention_fwd_tile(spec);
-  const double rows = tile.q_rows();
-  // Packed sequences, whose lengths only the device knows: the mean length, and half a tile for each one's end.
-  const int64_t num_sequences = problem.is_varlen ? std::max<int64_t>(problem.batch, 1) : 1;
-  const int64_t q_len = problem.q_len / num_sequences, kv_len = problem.kv_len / num_sequences;
-  const int64_t num_tiles = (q_len + tile.q_rows() - 1) / tile.q_rows();
-  const double tiles_of_head =
-      problem.is_varlen ? static_cast<double>(q_len) / rows + 0.5 : static_cast<double>(num_tiles);
-  const variants::Band band = variants::make_band(q_len, kv_len, problem.window_left, problem.window_right,
-                                                  problem.causal_align == CausalAlign::kBottomRight);
-  double sum = 0.0, longest = 0.0;
-  const int64_t num_samples = std::min(num_tiles, kMostSamples);
-  for (int64_t i = 0; i < num_samples; ++i) {
-    const int64_t begin = i * num_tiles / num_samples * tile.q_rows();
-    const variants::Range keys =
-        variants::intersect(band.keys_of_any({begin, std::min(begin + tile.q_rows(), q_len)}), {0, kv_len});
-    if (keys.empty()) continue;
-    const int64_t steps = (keys.end - 1) / tile.kv_rows - keys.begin / tile.kv_rows + 1;
-    const double products = rows * static_cast<double>(steps * tile.kv_rows);
-    const double time = spec.is_tall ? kTallStep * products + kTallRow * rows : products;
-    sum += time;
-    longest = std::max(longest, time);
-  }
-  if (num_samples == 0) return 0.0;
-  const double num_heads =
-      static_cast<double>(problem.num_heads_in_all()) * static_cast<double>(problem.is_varlen ? num_sequences : 1);
-  const double all = sum / static_cast<double>(num_samples) * tiles_of_head * num_heads;
-  // Blocks take the longest tiles first. Equal ones come in waves.
-  if (spec.has_mask || problem.is_varlen) return std::max(all / kPlannedBlocks, longest);
-  return std::ceil(tiles_of_head * num_heads / kPlannedBlocks) * longest;
-}
-
-// The kernel's variant of a problem, but for whether it splits.
-Sm90AttentionFwdSpec make_whole_spec(const AttentionProblem& problem) {
-  Sm90AttentionFwdSpec spec;
-  spec.element = element_of(problem.dtype);
-  spec.head_dim_qk = static_cast<int>(problem.head_dim_qk);
-  spec.head_dim_v = static_cast<int>(problem.head_dim_v);
-  spec.is_varlen = problem.is_varlen;
-  spec.has_segment_ids = problem.has_segment_ids;
-  spec.has_softcap = caps_scores(problem);
-  spec.has_alibi = problem.has_alibi;
-  spec.scales_first = scales_first(problem);
-  // Without a mask, scores that are transformed would spill at head dim 128; with one that hides nothing they do not.
-  spec.has_mask = problem.window_left >= 0 || problem.window_right >= 0 || spec.has_score_transform();
-  spec.packs_heads = head_shift_of(problem, sm90_attention_fwd_tile(spec).q_rows()) > 0;
-  if (spec.has_tall_tile() && !spec.packs_heads) {
-    Sm90AttentionFwdSpec tall = spec;
-    tall.is_tall = true;
-    if (expected_time(problem, tall) < expected_time(problem, spec)) return tall;
-  }
-  return spec;
-}
 
 KernelSpec to_kernel_spec(const Sm90AttentionFwdSpec& spec) {
   return {"sm90_attention_fwd", InstanceText("Sm90AttentionFwd", "Sm90AttentionFwdSpec", spec.element)
@@ -165,76 +78,6 @@ std::string_view partly_shared_operand(const AttentionProblem& problem) {
   return "";
 }
 
-// In double: the product may not fit 64 bits.
-double num_tiles_in_all(const AttentionProblem& problem) {
-  const int q_rows = sm90_attention_fwd_tile(make_whole_spec(problem)).q_rows();
-  return static_cast<double>(num_row_tiles(problem, problem.q_len, q_rows)) *
-         static_cast<double>(problem.num_heads_in_all());
-}
-
-// ---------------------------------------------------------------------------------------------------------------------
-// The last tiles, shared out by steps (sm90_attention_fwd_spec.h).
-
-struct Cut {
-  int64_t num_whole_tiles = 0, num_parts = 0;  // no parts: all tiles are whole
-};
-
-constexpr bool may_split(const Sm90AttentionFwdSpec& spec) {
-  return !spec.is_varlen && !spec.has_mask && !spec.has_segment_ids && !spec.has_score_transform() &&
-         !spec.packs_heads && sm90_attention_fwd_tile(spec).has_q_in_registers;
-}
-
-// The cut of least time, counted in steps. Parts cost: some steps' time to leave them, to look for those of others and
-// to merge them, and a share of it for each part of a tile. So a tile is cut the finer the more steps it has; and with
-// few tiles beyond the last full round, that round's are cut too, in longer parts (costs: docs/kernel-notes.md).
-Cut cut_of(const AttentionProblem& problem, int64_t num_tiles, int64_t num_steps, int64_t num_blocks) {
-  const double steps_of_part = 128.0 / static_cast<double>(problem.head_dim_qk + problem.head_dim_v);
-  Cut best{num_tiles, 0};
-  if (num_tiles % num_blocks == 0) return best;
-  const auto steps = static_cast<double>(num_steps);
-  const int64_t parts_of_tile =
-      std::min<int64_t>(static_cast<int64_t>(std::sqrt(steps / steps_of_part)), kSm90MaxPartsOfTile - 1);
-  const int64_t num_rounds = num_tiles / num_blocks;
-  double least = static_cast<double>(num_rounds + 1) * steps - 1.0;  // for less it is not worth its workspace
-  for (const int64_t rounds : {num_rounds, num_rounds - 1}) {
-    const int64_t whole = rounds * num_blocks, tiles = num_tiles - whole;
-    const int64_t parts = std::min(num_blocks, tiles * parts_of_tile);
-    if (rounds < 0 || parts == 0 || parts == tiles) continue;
-    if (num_steps > std::numeric_limits<uint32_t>::max() / (tiles * parts)) continue;
-    const double parts_here = static_cast<double>(parts) / static_cast<double>(tiles);  // of a tile
-    const double time =
-        static_cast<double>(rounds) * steps + std::ceil(steps / parts_here) + steps_of_part * (12 + parts_here + 1);
-    if (time < least) {
-      least = time;
-      best = {whole, parts};
-    }
-  }
-  return best;
-}
-
-int64_t num_slots_of(const Cut& cut, int64_t num_tiles) {
-  return cut.num_parts == 0 ? 0 : num_tiles - cut.num_whole_tiles + cut.num_parts - 1;
-}
-
-// How tiles are cut follows from the GPU's number of multiprocessors, but the kernel and the size of the workspace from
-// the problem alone: a GPU that needs more slots than were planned cuts none.
-int64_t num_steps_of(const AttentionProblem& problem, const Sm90AttentionFwdSpec& spec) {
-  return num_row_tiles(problem, problem.kv_len, sm90_attention_fwd_tile(spec).kv_rows);
-}
-
-int64_t planned_slots(const AttentionProblem& problem) {
-  const Sm90AttentionFwdSpec spec = make_whole_spec(problem);
-  if (!may_split(spec)) return 0;
-  const auto num_tiles = static_cast<int64_t>(num_tiles_in_all(problem));
-  return num_slots_of(cut_of(problem, num_tiles, num_steps_of(problem, spec), kPlannedBlocks), num_tiles);
-}
-
-Sm90AttentionFwdSpec make_spec(const AttentionProblem& problem) {
-  Sm90AttentionFwdSpec spec = make_whole_spec(problem);
-  spec.splits_steps = planned_slots(problem) > 0;
-  return spec;
-}
-
 // The counter, then, from the next multiple of 128 on, the slots.
 constexpr int64_t kSlotAlignment = 128;
 char* slots_in(void* workspace) {
@@ -258,50 +101,16 @@ std::string cannot_serve(const AttentionProblem& problem) {
     return "needs each of q, k and v to be either whole or shared along all leading axes and the batch, and " +
            std::string(name) + " is shared along some of them";
   }
-  if (num_tiles_in_all(problem) > static_cast<double>(kMaxTiles)) {
+  if (plan_sm90_attention_fwd(problem).tiles.num_tiles > static_cast<double>(kMaxTiles)) {
     return "counts up to 2^31 - 1 tiles of query rows, and this call has more";
   }
   return "";
 }
 
-// The order of dense tiles under a mask. One-sided, some are longer than others: a section is a few heads, whose K and
-// V stay in L2, from its longest tiles to its shortest ones. Short sequences: small sections mix long tiles with short
-// ones, and the last heads are one section, so that the last tiles of all are short. A window moves on: tiles of all
-// heads at one place read the same few keys (docs/kernel-notes.md).
-struct TileOrder {
-  int64_t section_heads = 1, tail_heads = 0;
-};
-
-TileOrder order_of(const AttentionProblem& problem, int64_t num_heads, int q_rows) {
-  if (problem.is_varlen || problem.window_right < 0) return {};
-  constexpr int64_t kSectionBytes = int64_t{32} << 20, kTailTiles = 512, kMostTailHeads = 64, kMostTailTiles = 16;
-  const bool is_window = problem.window_left >= 0;
-  const int64_t num_tiles = num_row_tiles(problem, problem.q_len, q_rows);
-  const int64_t group = problem.num_q_heads / std::max<int64_t>(problem.num_kv_heads, 1);
-  const int64_t num_keys = is_window
-                               ? std::min(problem.kv_len, std::min(problem.window_left, problem.kv_len) +
-                                                              std::min(problem.window_right, problem.kv_len) + q_rows)
-                               : problem.kv_len;
-  const int64_t kv_bytes = num_keys * (problem.head_dim_qk + problem.head_dim_v) * info(problem.dtype).size_bytes;
-  const int64_t fitting =
-      std::max<int64_t>(kSectionBytes / std::max<int64_t>(kv_bytes / std::max<int64_t>(group, 1), 1), 1);
-  TileOrder order;
-  if (is_window) {
-    order.section_heads = std::clamp<int64_t>(problem.num_q_heads, 1, fitting);
-    return order;
-  }
-  order.section_heads =
-      std::clamp<int64_t>(num_tiles <= 4 ? 1 : std::min(num_tiles / 2, fitting), 1, std::max<int64_t>(num_heads, 1));
-  if (num_tiles > 0 && num_tiles <= kMostTailTiles) {
-    order.tail_heads = std::min({kMostTailHeads, kTailTiles / num_tiles, num_heads});
-  }
-  return order;
-}
-
 struct Prepared {
   Sm90AttentionFwdParams params{};
   Sm90AttentionFwdTile tile{};
-  int64_t num_steps = 0;       // of a tile
+  Sm90Tiles tiles;
   int64_t num_slots = 0;       // that the workspace has; 0: the kernel does not split
   bool has_workspace = false;  // else nobody has looked at what may be given
   Variant variant;
@@ -396,27 +205,26 @@ std::string sm90_attention_fwd_declines(const AttentionProblem& problem, const T
 }
 
 int64_t sm90_attention_fwd_workspace(const AttentionProblem& problem) {
-  const int64_t num_slots = planned_slots(problem);
-  if (num_slots == 0) {
-    return num_tiles_in_all(problem) > static_cast<double>(kFewTiles) ? kCounterBytes / 4 : 0;
-  }
-  const int64_t bytes = kSlotAlignment + num_slots * sm90_attention_fwd_slot_bytes(make_whole_spec(problem));
+  const Sm90Plan plan = plan_sm90_attention_fwd(problem);
+  if (plan.num_slots == 0) return plan.tiles.num_tiles > static_cast<double>(kFewTiles) ? kCounterBytes / 4 : 0;
+  const int64_t bytes = kSlotAlignment + plan.num_slots * sm90_attention_fwd_slot_bytes(plan.spec);
   const int64_t bytes_per_head = (bytes - 1) / problem.num_heads_in_all() + 1;
   return (bytes_per_head + kCounterBytes - 1) / kCounterBytes * kCounterBytes / 4;
 }
 
 std::shared_ptr<void> prepare_sm90_attention_fwd(const AttentionProblem& problem) {
   auto prepared = std::make_shared<Prepared>();
-  const Sm90AttentionFwdSpec spec = make_spec(problem);
-  prepared->variant.spec = to_kernel_spec(spec);
-  prepared->num_steps = num_steps_of(problem, spec);
-  prepared->num_slots = planned_slots(problem);
+  const Sm90Plan plan = plan_sm90_attention_fwd(problem);
+  prepared->variant.spec = to_kernel_spec(plan.spec);
+  prepared->tiles = plan.tiles;
+  prepared->num_slots = plan.num_slots;
   prepared->has_workspace = sm90_attention_fwd_workspace(problem) > 0;
-  prepared->tile = sm90_attention_fwd_tile(spec);
+  prepared->tile = sm90_attention_fwd_tile(plan.spec);
   Sm90AttentionFwdParams& params = prepared->params;
-  params.head_shift = spec.packs_heads ? head_shift_of(problem, prepared->tile.q_rows()) : 0;
+  params.head_shift = plan.head_shift;
   set_problem(params, problem, problem.num_q_heads >> params.head_shift, 0);
-  const TileOrder order = spec.packs_heads ? TileOrder{} : order_of(problem, params.num_heads, prepared->tile.q_rows());
+  const TileOrder order =
+      plan.head_shift > 0 ? TileOrder{} : order_of(problem, params.num_heads, prepared->tile.q_rows());
   params.section_heads = static_cast<int>(order.section_heads);
   params.num_tail_heads = static_cast<unsigned>(order.tail_heads);
   const int64_t num_rows = problem.q_len << params.head_shift;
@@ -448,7 +256,7 @@ void sm90_attention_fwd(const AttentionProblem& problem, const AttentionForwardA
   const int64_t num_multiprocessors = std::max(multiprocessor_count(args.q.device.index), 1);
   void* workspace = of_problem.has_workspace ? args.workspace.data : nullptr;
   if (of_problem.num_slots > 0 && workspace != nullptr) {
-    const Cut cut = cut_of(problem, params.num_tiles_in_all, of_problem.num_steps, num_multiprocessors);
+    const Sm90Cut cut = cut_tiles(of_problem.tiles, num_multiprocessors);
     if (cut.num_parts > 0 && num_slots_of(cut, params.num_tiles_in_all) <= of_problem.num_slots) {
       params.num_whole_tiles = static_cast<unsigned>(cut.num_whole_tiles);
       params.num_tiles_in_all = static_cast<unsigned>(cut.num_whole_tiles + cut.num_parts);
@@ -472,10 +280,11 @@ std::vector<KernelSpec> sm90_attention_fwd_common_specs() {
       spec.is_varlen = is_varlen;
       spec.has_mask = has_mask;
       (change(spec), ...);
-      if (spec.has_score_transform() && !has_mask) continue;  // no call has it: make_whole_spec
+      if (spec.has_score_transform() && !has_mask) continue;  // no call has it
       if (!has_tile(spec.head_dim_qk, spec.head_dim_v)) continue;
       specs.push_back(to_kernel_spec(spec));
-      spec.splits_steps = may_split(spec);
+      const bool is_common = element == Element::kBFloat16 && (head_dim == 64 || head_dim == 128);
+      spec.splits_steps = may_split(spec) && (is_common || !(spec.has_mask || spec.packs_heads));
       if (spec.splits_steps) specs.push_back(to_kernel_spec(spec));
     }
   };

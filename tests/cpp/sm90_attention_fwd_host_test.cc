@@ -7,6 +7,7 @@
 #include <iterator>
 #include <set>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "cuda/jit/jit.h"
@@ -106,11 +107,14 @@ TEST_F(Sm90AttentionFwdHostTest, NoCounterWhereEveryBlockHasOneTile) {
 }
 
 // The steps of the last tiles are cut into parts, which leave what they sum up in the workspace.
-void expect_cut(const Call& call, unsigned num_tiles, unsigned num_steps) {
+void expect_cut(const Call& call, unsigned num_tiles, unsigned num_steps, int heads_of_tile = 1) {
+  SCOPED_TRACE(std::to_string(call.q_len) + " rows, " + std::to_string(call.kv_len) + " keys");
   const AttentionForwardArgs args = with_workspace(call, args_of(call));
   const FakeLaunch launch = launch_of(call, args);
   ASSERT_TRUE(is_by_sm90(launch));
   const cuda::Sm90AttentionFwdParams params = params_of(launch);
+  EXPECT_EQ(1 << params.head_shift, heads_of_tile);
+  EXPECT_EQ(params.num_heads * static_cast<unsigned>(params.num_tiles), num_tiles);
   ASSERT_LT(params.num_whole_tiles, num_tiles);
   const unsigned tiles = num_tiles - params.num_whole_tiles;
   const unsigned parts = params.num_tiles_in_all - params.num_whole_tiles;
@@ -134,6 +138,65 @@ TEST_F(Sm90AttentionFwdHostTest, CutsTheLastTiles) {
   expect_cut({.batch = 1, .q_len = 1024, .kv_len = 16384, .num_q_heads = 4, .num_kv_heads = 4}, 32, 128);
   expect_cut({.batch = 1, .q_len = 4480, .kv_len = 4096, .num_q_heads = 4, .num_kv_heads = 4}, 140, 32);
   expect_cut({.batch = 1, .q_len = 2500, .kv_len = 8192, .num_q_heads = 10, .num_kv_heads = 10}, 200, 64);
+}
+
+TEST_F(Sm90AttentionFwdHostTest, CutsTilesOfSeveralHeads) {
+  Call call{.batch = 1, .q_len = 16, .kv_len = 8192, .num_q_heads = 32, .num_kv_heads = 8};
+  for (const bool is_causal : {false, true}) {
+    call.options.is_causal = is_causal;
+    expect_cut(call, 8, 64, 4);
+  }
+  call.options.window_left = 4000;
+  expect_cut(call, 8, 32, 4);
+}
+
+// Where all tiles touch the same keys: a head has one, or nothing is hidden.
+TEST_F(Sm90AttentionFwdHostTest, CutsMaskedTiles) {
+  Call call{.batch = 1, .q_len = 100, .kv_len = 32768};
+  call.options.is_causal = true;
+  expect_cut(call, 8, 256);
+  call.q_len = 129;
+  EXPECT_EQ(params_of(launch_of(call)).slots, nullptr);
+  call.q_len = 100;
+  call.options.causal_align = CausalAlign::kTopLeft;  // one step
+  EXPECT_EQ(params_of(launch_of(call)).slots, nullptr);
+  call.options.is_causal = false;
+  call.q_len = 200;
+  call.options.window_left = 199;
+  call.options.window_right = 32767;
+  expect_cut(call, 16, 256);
+  call.options.window_right = 32766;
+  EXPECT_EQ(params_of(launch_of(call)).slots, nullptr);
+}
+
+// The last row sees all keys.
+TEST_F(Sm90AttentionFwdHostTest, OneRowUnderACausalMask) {
+  Call call{.batch = 1, .q_len = 1, .kv_len = 8192, .num_q_heads = 32, .num_kv_heads = 8};
+  call.options.is_causal = true;
+  expect_cut(call, 8, 64, 4);
+  call.options.causal_align = CausalAlign::kTopLeft;  // it sees one
+  EXPECT_EQ(params_of(launch_of(call)).slots, nullptr);
+}
+
+TEST_F(Sm90AttentionFwdHostTest, SizesOfWorkspaces) {
+  constexpr int64_t kMostBytes = 28'000'000;
+  for (const int64_t batch : {1, 2, 3, 5, 7, 16, 33}) {
+    for (const int64_t q_len : {1, 4, 16, 64, 100, 128, 700}) {
+      for (const int64_t kv_len : {500, 8192, 32768}) {
+        for (const auto& [num_q_heads, num_kv_heads] : {std::pair{8, 8}, {32, 8}, {64, 8}, {30, 2}, {133, 133}}) {
+          Call call{.batch = batch,
+                    .q_len = q_len,
+                    .kv_len = kv_len,
+                    .num_q_heads = num_q_heads,
+                    .num_kv_heads = num_kv_heads};
+          for (const bool is_causal : {false, true}) {
+            call.options.is_causal = is_causal;
+            EXPECT_LE(attention_forward_workspace_bytes(args_of(call), call.options), kMostBytes);
+          }
+        }
+      }
+    }
+  }
 }
 
 TEST_F(Sm90AttentionFwdHostTest, CutsNothingWithoutAWorkspace) {

@@ -117,6 +117,8 @@ TEST(Sm90AttentionFwdResolve, AWorkspaceForPartsOfTiles) {
   EXPECT_LT(bytes, 128 + (132 + 8) * kSlotBytes);
   test::Call causal = call;
   causal.options.is_causal = true;
+  EXPECT_EQ(resolution_of(causal).workspace_bytes, bytes);
+  causal.q_len = 129;  // two tiles, which see different keys
   EXPECT_EQ(resolution_of(causal).workspace_bytes, 0);
   test::Call packed = call;
   packed.is_varlen = true;

@@ -76,6 +76,52 @@ TEST_F(Sm90AttentionFwdTilesTest, HeadsOfFewRowsShareTiles) {
   }
 }
 
+// As many as take the least time with the tiles cut into parts.
+TEST_F(Sm90AttentionFwdTilesTest, HeadsOfAGroupShareTilesThatAreCut) {
+  const struct {
+    int64_t batch, q_len, num_q_heads, num_kv_heads;
+    bool is_causal;
+    int heads_of_tile, num_tiles;
+  } expected[] = {
+      {1, 1, 32, 8, false, 4, 1},                               // 8 tiles, of 11 parts each
+      {1, 16, 32, 8, true, 4, 1}, {1, 64, 32, 8, false, 2, 1},  // more heads: as many tiles
+      {1, 64, 32, 8, true, 2, 1}, {1, 48, 64, 8, false, 8, 3},
+      {1, 48, 64, 8, true, 2, 1},  // of 4 or 8, a head would have several tiles, which are not cut under a mask
+      {4, 16, 32, 8, true, 4, 1}, {16, 1, 32, 8, true, 4, 1},  // one wave, and nothing to cut
+  };
+  for (const auto& [batch, q_len, num_q_heads, num_kv_heads, is_causal, heads_of_tile, num_tiles] : expected) {
+    Call call = few_rows(batch, q_len, num_q_heads, num_kv_heads);
+    call.kv_len = 8192;
+    call.options.is_causal = is_causal;
+    const cuda::Sm90AttentionFwdParams params = params_of(launch_of(call));
+    SCOPED_TRACE(std::to_string(batch) + " sequences, " + std::to_string(q_len) + " rows, " +
+                 std::to_string(num_q_heads) + " heads" + (is_causal ? ", causal" : ""));
+    EXPECT_EQ(1 << params.head_shift, heads_of_tile);
+    EXPECT_EQ(params.num_tiles, num_tiles);
+  }
+}
+
+// Tiles that read the same keys do so at once if they are whole. In parts, each would read them from memory again.
+TEST_F(Sm90AttentionFwdTilesTest, TilesThatShareKeysInMemoryAreNotCut) {
+  const struct {
+    int64_t batch, kv_len, num_q_heads;
+    bool is_cut;
+  } expected[] = {
+      {8, 32768, 64, false},
+      {16, 32768, 32, false},  // 256 tiles, of 4 and 2 that share keys
+      {1, 32768, 64, true},    // 32 tiles would leave multiprocessors idle
+      {1, 4096, 64, true},     // keys that stay in L2
+  };
+  for (const auto& [batch, kv_len, num_q_heads, is_cut] : expected) {
+    Call call = few_rows(batch, 64, num_q_heads, 8);
+    call.kv_len = kv_len;
+    const cuda::Sm90AttentionFwdParams params = params_of(launch_of(call, with_workspace(call, args_of(call))));
+    SCOPED_TRACE(std::to_string(batch) + " sequences, " + std::to_string(kv_len) + " keys");
+    EXPECT_EQ(1 << params.head_shift, 2);
+    EXPECT_EQ(params.slots != nullptr, is_cut);
+  }
+}
+
 TEST_F(Sm90AttentionFwdTilesTest, HeadsShareNoTilesWhereRowsDifferInMore) {
   const Call call = few_rows(32, 16, 32, 8);
   AttentionForwardArgs args = args_of(call);
@@ -146,6 +192,15 @@ TEST_F(Sm90AttentionFwdTilesTest, TallTilesWhereSequencesAreLong) {
 TEST_F(Sm90AttentionFwdTilesTest, TilesThatFillMultiprocessorsOnlyOnceAreNotTall) {
   EXPECT_TRUE(is_tall(call_of_length(4096, false, 16)));
   EXPECT_FALSE(is_tall(call_of_length(4096, false, 2)));  // 256 tiles, two waves; 176 would be two as well
+}
+
+// 400 plain tiles are a little more than three waves, and the rest is cut; 272 tall ones take three.
+TEST_F(Sm90AttentionFwdTilesTest, TilesThatAreCutAreNotTall) {
+  Call call = call_of_length(3200, false, 16);
+  call.batch = 1;
+  call.kv_len = 32768;
+  EXPECT_FALSE(is_tall(call));
+  EXPECT_GT(attention_forward_workspace_bytes(args_of(call), call.options), 1 << 20);
 }
 
 // By their mean length, which is all that the host knows.
