@@ -63,9 +63,13 @@ class Row:
 
     @property
     def flops(self) -> float:
-        """4 B H D per kept query-key pair; a causal mask counts as half of all pairs, a window by its pairs."""
+        """4 B H D per kept query-key pair; a causal mask counts as half of all pairs, a window by its pairs. So does a
+        causal mask over few queries.
+        """
         s = self.tokens
         pairs = s * s / 2 if self.is_causal else self.num_queries * s
+        if self.is_causal and self.query_tokens is not None:
+            pairs = self.query_tokens * (s - (self.query_tokens - 1) / 2)
         if self.window >= 0:
             pairs = _kept_pairs(s, self.window)
         return 4.0 * self.batch * pairs * self.q_heads * self.head_dim
@@ -97,9 +101,10 @@ def dense_rows(is_quick: bool) -> list[Row]:
     rows += [Row("window", s, 32, 8, 128, True, window) for s, window in windows]
     short_tokens = (128,) if is_quick else SHORT_TOKENS
     rows += [Row("short", s, 16, 16, 128, causal) for causal in both for s in short_tokens]
-    few_rows = ((8, 32),) if is_quick else ((8, 32), (32, 32), (8, 64), (32, 64))
+    few_rows = ((1, 32), (8, 32)) if is_quick else ((1, 32), (8, 32), (32, 32), (1, 64), (8, 64), (32, 64))
     rows += [
-        Row("few", FEW_KEYS, q_heads, 8, 128, False, batch_tokens=batch * FEW_KEYS, query_tokens=FEW_QUERIES)
+        Row("few", FEW_KEYS, q_heads, 8, 128, causal, batch_tokens=batch * FEW_KEYS, query_tokens=FEW_QUERIES)
+        for causal in both
         for batch, q_heads in few_rows
     ]
     return rows
@@ -190,10 +195,14 @@ def sdpa_call(backend: str) -> Callable[[Row, Inputs], Run]:
         chosen = getattr(SDPBackend, backend)
         q, k, v = (t.transpose(1, 2) for t in (x.q, x.k, x.v))
         attend = torch.nn.functional.scaled_dot_product_attention
+        mask: dict[str, Any] = {"is_causal": row.is_causal}
+        if row.is_causal and row.num_queries != row.tokens:  # whose own mask is aligned at the top left
+            seen = torch.ones(row.num_queries, row.tokens, dtype=torch.bool, device=q.device)
+            mask = {"attn_mask": seen.tril(row.tokens - row.num_queries)}
 
         def run() -> Any:
             with sdpa_kernel(chosen):
-                return attend(q, k, v, is_causal=row.is_causal, enable_gqa=row.q_heads != row.kv_heads)
+                return attend(q, k, v, enable_gqa=row.q_heads != row.kv_heads, **mask)
 
         return run
 
@@ -260,7 +269,7 @@ def wrong_result(row: Row, x: Inputs, out: Any, num_rows: int = 64) -> str | Non
     for _ in range(num_rows):
         b, i, h = (int(rng.integers(size)) for size in (row.batch, row.num_queries, row.q_heads))
         first = max(0, i - row.window) if row.window >= 0 else 0
-        last = i + 1 if row.is_causal else row.tokens
+        last = row.tokens - row.num_queries + i + 1 if row.is_causal else row.tokens
         q, k, v = x.q[b, i, h], x.k[b, first:last, h // group], x.v[b, first:last, h // group]
         scale = 1 / math.sqrt(row.head_dim)
         weights = torch.softmax(k.double() @ q.double() * scale, 0)

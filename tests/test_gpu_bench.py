@@ -38,6 +38,8 @@ def test_work_is_counted_over_kept_pairs() -> None:
     assert Row("d128", 512, 16, 16, 128, True).flops == full.flops / 2
     few = Row("few", 512, 16, 16, 128, False, query_tokens=16)
     assert (few.batch, few.flops) == (32, full.flops / 32)
+    kept = sum(512 - 16 + i + 1 for i in range(16))
+    assert Row("few", 512, 16, 16, 128, True, query_tokens=16).flops == 4.0 * 32 * kept * 16 * 128
     s, w = 100, 7
     kept = sum(min(i, w) + 1 for i in range(s))
     assert Row("window", s, 1, 1, 1, True, w, batch_tokens=s).flops == 4.0 * kept
