@@ -1,28 +1,21 @@
-// Loads and stores that say how long their data is of use.
+// Loads and stores of 16 bytes.
 #pragma once
 
 #include "cuda/device/ptx.cuh"
 
 namespace heed::cuda::ptx {
 
-// Memory that the kernel only reads, each byte once: it does not push other data out of L1.
-__device__ __forceinline__ uint4 load_once_16(const void* from) {
-  uint4 value;
-  asm volatile("ld.global.nc.L1::no_allocate.L2::128B.v4.b32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
-               : "l"(from));
-  return value;
-}
 // Memory that this thread alone reads, once, and may then overwrite.
 __device__ __forceinline__ uint4 load_own_16(const void* from) {
   uint4 value;
-  asm volatile("ld.global.L1::no_allocate.L2::128B.v4.b32 {%0, %1, %2, %3}, [%4];"
+  asm volatile("ld.global.v4.b32 {%0, %1, %2, %3}, [%4];"
                : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
                : "l"(from));
   return value;
 }
-// Memory that the kernel only reads, and that other threads read too.
-__device__ __forceinline__ uint4 load_shared_by_all_16(const void* from) {
+// Memory that the kernel only reads. Without hints, also where each byte is read once: loads that do not stay in L1
+// are slower (docs/kernel-notes.md).
+__device__ __forceinline__ uint4 load_read_only_16(const void* from) {
   uint4 value;
   asm volatile("ld.global.nc.v4.b32 {%0, %1, %2, %3}, [%4];"
                : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)

@@ -40,8 +40,8 @@ __device__ __forceinline__ long long column_offset(long long column, long long e
   return kIsAligned ? column : column * element_stride;
 }
 
-// How a chunk is read: once; by other blocks too; once, and the same thread may overwrite it afterwards.
-enum class Read : unsigned char { kOnce, kByAll, kMayBeResult };
+// Whether the kernel writes what is read: never, or the same thread may, afterwards.
+enum class Read : unsigned char { kReadOnly, kMayBeResult };
 
 // kWidth neighbours of one row, as they are stored and as floats.
 template <Element kElement, int kWidth>
@@ -60,14 +60,12 @@ struct RowChunk {
     return static_cast<char*>(data) + offset * kBytes;
   }
 
-  template <Read kRead = Read::kOnce>
+  template <Read kRead = Read::kReadOnly>
   static __device__ __forceinline__ RowChunk load(const void* data, long long offset) {
     RowChunk chunk;
     const char* from = at(data, offset);
     if constexpr (kIsVector) {
-      const uint4 value = kRead == Read::kByAll         ? ptx::load_shared_by_all_16(from)
-                          : kRead == Read::kMayBeResult ? ptx::load_own_16(from)
-                                                        : ptx::load_once_16(from);
+      const uint4 value = kRead == Read::kMayBeResult ? ptx::load_own_16(from) : ptx::load_read_only_16(from);
       chunk.words[0] = value.x;
       chunk.words[1] = value.y;
       chunk.words[2] = value.z;

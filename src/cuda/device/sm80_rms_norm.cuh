@@ -88,10 +88,10 @@ struct Sm80RmsNorm {
 #pragma unroll
     for (int c = 0; c < kChunks; ++c) {
       if (column_of(c) >= params.hidden) continue;
-      weights[c] = Chunk::template load<Read::kByAll>(
-          params.data[Params::kWeight],
-          block.bases[Params::kWeight] +
-              column_offset<kSpec.is_aligned>(column_of(c), params.element_strides[Params::kWeight]));
+      weights[c] =
+          Chunk::load(params.data[Params::kWeight],
+                      block.bases[Params::kWeight] +
+                          column_offset<kSpec.is_aligned>(column_of(c), params.element_strides[Params::kWeight]));
     }
     int turn = 0;
 #pragma unroll 1
@@ -127,10 +127,9 @@ struct Sm80RmsNorm {
     for (int row = block.begin; row < block.end; ++row, turn ^= 1) {
       const Row rows(block, row);
       const auto chunk_at = [&](int column) {
-        Chunk x = Chunk::template load<Read::kByAll>(params.data[Params::kX], rows.at(Params::kX, column));
+        Chunk x = Chunk::load(params.data[Params::kX], rows.at(Params::kX, column));
         if constexpr (kSpec.has_addend) {
-          x = add(x,
-                  Chunk::template load<Read::kByAll>(params.data[Params::kAddend], rows.at(Params::kAddend, column)));
+          x = add(x, Chunk::load(params.data[Params::kAddend], rows.at(Params::kAddend, column)));
         }
         return x;
       };
@@ -145,10 +144,10 @@ struct Sm80RmsNorm {
       for (int column = column_of(0); column < params.hidden; column += kThreadsPerRow * kWidth) {
         const Chunk x = chunk_at(column);
         if constexpr (kSpec.has_addend) x.store(params.data[Params::kSum], rows.at(Params::kSum, column));
-        const Chunk weight = Chunk::template load<Read::kByAll>(
-            params.data[Params::kWeight],
-            block.bases[Params::kWeight] +
-                column_offset<kSpec.is_aligned>(column, params.element_strides[Params::kWeight]));
+        const Chunk weight =
+            Chunk::load(params.data[Params::kWeight],
+                        block.bases[Params::kWeight] +
+                            column_offset<kSpec.is_aligned>(column, params.element_strides[Params::kWeight]));
         scaled(x, factor, weight).store(params.data[Params::kResult], rows.at(Params::kResult, column));
       }
     }

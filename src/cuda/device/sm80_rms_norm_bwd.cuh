@@ -95,10 +95,9 @@ struct Sm80RmsNormBwd {
   }
   static __device__ __forceinline__ Chunk load_weight(const RmsNormBlock& block, int column) {
     const Params& params = block.params;
-    return Chunk::template load<Read::kByAll>(
-        params.data[Params::kWeight],
-        block.bases[Params::kWeight] +
-            column_offset<kSpec.is_aligned>(column, params.element_strides[Params::kWeight]));
+    return Chunk::load(params.data[Params::kWeight],
+                       block.bases[Params::kWeight] +
+                           column_offset<kSpec.is_aligned>(column, params.element_strides[Params::kWeight]));
   }
   static __device__ __forceinline__ Chunk load_dsum(const Params& params, const Row& rows, int column) {
     if constexpr (kSpec.has_addend) {
@@ -181,7 +180,7 @@ struct Sm80RmsNormBwd {
     for (int row = block.begin; row < block.end; ++row, turn ^= 1) {
       const Row rows(block, row);
       const auto chunk_at = [&](Params::Operand operand, int column) {
-        return Chunk::template load<Read::kByAll>(params.data[operand], rows.at(operand, column));
+        return Chunk::load(params.data[operand], rows.at(operand, column));
       };
       float sums[2] = {0.0f, 0.0f};
 #pragma unroll 2

@@ -167,7 +167,7 @@ struct Sm80Rope {
     if constexpr (kSpec.is_aligned && kCount % 4 == 0) {
 #pragma unroll
       for (int i = 0; i < kCount; i += 4) {
-        const uint4 four = ptx::load_shared_by_all_16(from + i);
+        const uint4 four = ptx::load_read_only_16(from + i);
         to[i] = __uint_as_float(four.x);
         to[i + 1] = __uint_as_float(four.y);
         to[i + 2] = __uint_as_float(four.z);

@@ -8,14 +8,13 @@ namespace heed::cuda::ptx {
 inline void check_aligned_16(const void* address) {
   if (reinterpret_cast<uintptr_t>(address) % 16 != 0) emulation::fail("an access of 16 bytes is not aligned");
 }
-inline uint4 load_once_16(const void* from) {
+inline uint4 load_read_only_16(const void* from) {
   check_aligned_16(from);
   uint4 value;
   std::memcpy(&value, from, 16);
   return value;
 }
-inline uint4 load_own_16(const void* from) { return load_once_16(from); }
-inline uint4 load_shared_by_all_16(const void* from) { return load_once_16(from); }
+inline uint4 load_own_16(const void* from) { return load_read_only_16(from); }
 inline void store_streaming_16(void* to, uint4 value) {
   check_aligned_16(to);
   std::memcpy(to, &value, 16);
