@@ -48,7 +48,6 @@ void check_views(const PreparedAttentionFwd& prepared, const AttentionForwardArg
   }
   check_view("out", args.out, problem.dtype, problem.out_shape(), args.q.device, true);
   if (problem.wants_lse) check_view("lse", args.lse, DType::kFloat32, problem.lse_shape(), args.q.device, true);
-  if (args.workspace.defined()) check_workspace(args.workspace, prepared.workspace_bytes, args.q.device);
 }
 
 PreparedAttentionFwd prepare(const AttentionRequest& request, const Target& target) {
@@ -78,13 +77,21 @@ void load_attention_fwd(const PreparedAttentionFwd& prepared, int device) {
 
 void run_attention_fwd(const PreparedAttentionFwd& prepared, const AttentionForwardArgs& args) {
   check_views(prepared, args);
-  prepared.kernel->run(prepared.problem, args, prepared.state.get());
+  const TensorView& workspace = args.workspace;
+  if (!workspace.defined() || suffices_as_workspace(workspace, prepared.workspace_bytes, args.q.device)) {
+    prepared.kernel->run(prepared.problem, args, prepared.state.get());
+  } else {
+    AttentionForwardArgs without_workspace = args;
+    without_workspace.workspace = {};
+    prepared.kernel->run(prepared.problem, without_workspace, prepared.state.get());
+  }
 }
 
 void attention_forward(const AttentionForwardArgs& args, const AttentionOptions& options) {
   // 1. Validate, 2. resolve, 3. plan: GPU kernels derive their parameters from the problem; the CPU kernel derives its
   // work items when it runs, from the problem and, packed, from its lengths.
   const PreparedAttentionFwd prepared = prepare(make_request(args, options), target_of(args.q.device));
+  if (args.workspace.defined()) check_workspace(args.workspace, prepared.workspace_bytes, args.q.device);
   // 4. Launch.
   if (args.q.device.type == DeviceType::kCpu) {
     run_attention_fwd(prepared, args);

@@ -44,8 +44,9 @@ HEED_API std::shared_ptr<const PreparedAttentionFwd> prepare_attention_fwd(std::
 // std::runtime_error. Kernels of the CPU need nothing.
 HEED_API void load_attention_fwd(const PreparedAttentionFwd& prepared, int device);
 
-// Checks the views against the problem (shapes, dtypes, memory) and runs the kernel. The workspace may be absent: a
-// compiled program may come from a version of heed, or be made for a GPU, that had no use for one.
+// Checks the views against the problem (shapes, dtypes, memory) and runs the kernel. The workspace may be absent, and
+// one that is smaller than the kernel would have it is left alone: a compiled program may come from a version of heed,
+// or be made for a GPU, that had less use for one. (attention_forward refuses that: its caller has just asked.)
 HEED_API void run_attention_fwd(const PreparedAttentionFwd& prepared, const AttentionForwardArgs& args);
 
 }  // namespace heed

@@ -59,6 +59,19 @@ bool is_row_major(const TensorView& view) {
   return true;
 }
 
+// Of all elements; negative if there cannot be as many.
+int64_t size_bytes(const TensorView& view) {
+  int64_t bytes = info(view.dtype).size_bytes;
+  for (int i = 0; i < view.rank; ++i) {
+    if (view.shape[i] < 0 || __builtin_mul_overflow(bytes, view.shape[i], &bytes)) return -1;
+  }
+  return bytes;
+}
+
+std::string expected_workspace(int64_t bytes) {
+  return "expected at least " + std::to_string(bytes) + " bytes of float32";
+}
+
 void check_memory(const std::string& tensor, const TensorView& view, int64_t alignment_bytes) {
   if (view.data == nullptr) throw ValueError(tensor + ": got a null pointer, expected memory");
   if (reinterpret_cast<uintptr_t>(view.data) % static_cast<uintptr_t>(alignment_bytes) != 0) {
@@ -110,26 +123,30 @@ void check_view(std::string_view name, const TensorView& view, DType dtype, cons
   }
 }
 
-void check_workspace(const TensorView& view, int64_t bytes, Device device, std::string_view first) {
+bool suffices_as_workspace(const TensorView& view, int64_t bytes, Device device, std::string_view first) {
   const std::string tensor = "workspace";
   check_view_fields(tensor, view);
-  if (bytes == 0) return;
-  const std::string expected = "expected at least " + std::to_string(bytes) + " bytes of float32";
-  if (!view.defined()) throw ValueError(tensor + ": got nothing, " + expected);
+  if (bytes == 0) return true;
+  if (!view.defined()) return false;
+  const std::string expected = expected_workspace(bytes);
   if (view.dtype != DType::kFloat32) throw TypeError(tensor + ": got " + show(view) + ", " + expected);
-  int64_t given_bytes = 4;
-  for (int i = 0; i < view.rank; ++i) {
-    if (view.shape[i] < 0 || __builtin_mul_overflow(given_bytes, view.shape[i], &given_bytes)) given_bytes = 0;
-  }
-  if (given_bytes < bytes) {
-    throw ValueError(tensor + ": got " + show(view) + " of " + std::to_string(given_bytes) + " bytes, " + expected);
-  }
+  const int64_t given_bytes = size_bytes(view);
+  if (given_bytes < 0) throw ValueError(tensor + ": got " + show(view) + ", " + expected);
   check_device(tensor, view, device, first);
+  if (given_bytes == 0) return false;
   check_memory(tensor, view, 16);
   if (!is_row_major(view)) {
     throw ValueError(tensor + ": got strides " + show_list(view.strides.data(), view.rank) +
                      ", expected contiguous memory");
   }
+  return given_bytes >= bytes;
+}
+
+void check_workspace(const TensorView& view, int64_t bytes, Device device, std::string_view first) {
+  if (suffices_as_workspace(view, bytes, device, first)) return;
+  const std::string given =
+      view.defined() ? show(view) + " of " + std::to_string(size_bytes(view)) + " bytes" : "nothing";
+  throw ValueError("workspace: got " + given + ", " + expected_workspace(bytes));
 }
 
 }  // namespace heed

@@ -20,7 +20,11 @@ HEED_API TensorSpec spec_of(std::string_view name, const TensorView& view);
 void check_view(std::string_view name, const TensorView& view, DType dtype, const std::vector<int64_t>& shape,
                 Device device, bool is_output, std::string_view first = "q");
 
-// Scratch memory: contiguous float32, aligned to 16 bytes, of at least `bytes`. May be absent if that is 0.
+// Whether the view is scratch memory of at least `bytes`. Throws if it is there and is no scratch memory of any size:
+// contiguous float32, aligned to 16 bytes. If `bytes` is 0, anything suffices.
+bool suffices_as_workspace(const TensorView& view, int64_t bytes, Device device, std::string_view first = "q");
+
+// The same for a kernel that needs it: throws if it does not suffice.
 void check_workspace(const TensorView& view, int64_t bytes, Device device, std::string_view first = "q");
 
 }  // namespace heed

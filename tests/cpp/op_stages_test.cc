@@ -141,6 +141,32 @@ TEST(CheckWorkspace, AsksForWhatTheKernelNeeds) {
   EXPECT_NE(refused(negative, 4), "");
 }
 
+// Where the kernel can do without, one that is too small is no error; one that is wrong otherwise is, whatever its
+// size.
+TEST(SufficesAsWorkspace, SaysWhetherThereIsRoom) {
+  alignas(16) float memory[64];
+  const auto suffices = [](const TensorView& view, int64_t bytes) { return suffices_as_workspace(view, bytes, {}); };
+  const TensorView whole = TensorView::contiguous(memory, DType::kFloat32, {2, 4, 8});
+  EXPECT_TRUE(suffices(whole, 256));
+  EXPECT_TRUE(suffices(TensorView{}, 0));
+  EXPECT_FALSE(suffices(whole, 257));
+  EXPECT_FALSE(suffices(TensorView{}, 4));
+  EXPECT_FALSE(suffices(TensorView::contiguous(nullptr, DType::kFloat32, {2, 4, 0}), 4));
+  EXPECT_THROW(suffices(TensorView::contiguous(nullptr, DType::kFloat32, {64}), 260), ValueError);
+  EXPECT_THROW(suffices(TensorView::contiguous(memory + 1, DType::kFloat32, {63}), 260), ValueError);
+  EXPECT_THROW(suffices(TensorView::contiguous(memory, DType::kInt32, {64}), 260), TypeError);
+  EXPECT_THROW(suffices(TensorView::contiguous(memory, DType::kFloat32, {-1}), 260), ValueError);
+  TensorView wrong = whole;
+  wrong.strides[2] = 2;
+  EXPECT_THROW(suffices(wrong, 260), ValueError);
+  wrong = whole;
+  wrong.rank = kMaxRank + 1;
+  EXPECT_THROW(suffices(wrong, 260), ValueError);
+  wrong = whole;
+  wrong.device = {DeviceType::kCuda, 1};
+  EXPECT_THROW(suffices(wrong, 260), ValueError);
+}
+
 TEST(SpecOf, ChecksWhatTheTypeSystemLetsThrough) {
   EXPECT_FALSE(spec_of("x", TensorView{}).present);
   const TensorSpec spec = spec_of("x", TensorView::contiguous(nullptr, DType::kFloat16, {3, 0}));

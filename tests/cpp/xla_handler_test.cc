@@ -3,12 +3,14 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <cstring>
 #include <memory>
 #include <string>
 #include <vector>
 
 #include "cuda/jit/jit.h"
 #include "cuda/jit/nvrtc.h"
+#include "cuda/sm90_attention_fwd_spec.h"
 #include "fake_driver.h"
 #include "xla_call.h"
 
@@ -139,6 +141,20 @@ class XlaHandlerWithKernel : public XlaHandler {
     std::string searched;
     if (!heed::cuda::find_nvrtc(&searched)) GTEST_SKIP() << "there is no NVRTC:\n" << searched;
   }
+
+  static void expect_whole_tiles_without_a_counter(heed::xla::CallFrame& frame) {
+    fake_driver() = FakeDriver();
+    fake_driver().num_copied_bytes = sizeof(heed::cuda::Sm90AttentionFwdParams);
+    fake_driver().copied_block = 384;
+    expect_success(heed_xla_attention_fwd_cuda(&frame));
+    ASSERT_EQ(fake_driver().launches.size(), 1U);
+    heed::cuda::Sm90AttentionFwdParams params{};
+    ASSERT_EQ(fake_driver().launches[0].copy_of_params.size(), sizeof params);
+    std::memcpy(&params, fake_driver().launches[0].copy_of_params.data(), sizeof params);
+    EXPECT_EQ(params.next_tile, nullptr);
+    EXPECT_EQ(params.slots, nullptr);
+    EXPECT_EQ(params.num_whole_tiles, params.num_tiles_in_all);
+  }
 };
 
 TEST_F(XlaHandlerWithKernel, InitializeLoadsOnceAndLaunchesNothing) {
@@ -185,14 +201,30 @@ TEST_F(XlaHandlerWithKernel, ExecuteOnHopperMakesMapsAndLaunches) {
   }
 }
 
-// An executable may come from a version of heed that had no use for one, or be made for other GPUs.
+// Room for the counter, but not for the parts that this version would make.
+TEST_F(XlaHandlerWithKernel, ForwardLeavesAWorkspaceAloneThatIsTooSmall) {
+  std::string text = problem_text("1,4480,4,128");
+  text.replace(text.find("causal=1"), 8, "causal=0");
+  const auto call = make_call(text);
+  std::vector<int64_t>& dims = call->results().back()->dims;
+  EXPECT_GT(dims.back(), 1 << 16);
+  dims.back() = 64;
+  expect_whole_tiles_without_a_counter(call->frame(heed::xla::kExecute));
+}
+
+// An executable may come from a version of heed that had less use for one, or none, or be made for other GPUs.
 TEST_F(XlaHandlerWithKernel, ForwardRunsWithoutItsWorkspaceAndRefusesAWrongOne) {
   const auto call = make_call(problem_text("3,1024,8,128"));
   heed::xla::CallFrame& frame = call->frame(heed::xla::kExecute);
   heed::test::XlaCall::Tensor& workspace = *call->results().back();
-  workspace.dims.back() = 0;
+  for (const int64_t floats : {3, 0}) {
+    workspace.dims.back() = floats;
+    expect_whole_tiles_without_a_counter(frame);
+  }
+  workspace.dims.back() = 4;
+  workspace.buffer.dtype = heed::xla::kS32;
   expect_error(heed_xla_attention_fwd_cuda(&frame), heed::xla::kInvalidArgument,
-               "workspace: got float32 [3, 8, 0] of 0 bytes, expected at least 384 bytes of float32");
+               "workspace: got int32 [3, 8, 4], expected at least 384 bytes of float32");
   frame.rets.size -= 1;
   fake_driver() = FakeDriver();
   expect_success(heed_xla_attention_fwd_cuda(&frame));
