@@ -458,14 +458,23 @@ def test_in_a_scan_beside_itself(hopper: Any) -> None:
             assert np.asarray(found[i]).tobytes() == np.asarray(want).tobytes(), f"step {i}"
 
 
+SHARDED = AttentionSpec("sm90_sharded", 2, 300, 300, 64, 16, 128, dtype="bfloat16", is_causal=True)
+# The whole call needs no workspace, and half of it has tiles in parts.
+SHARDED_PARTS = AttentionSpec("sm90_sharded_parts", 1, 128, 2048, 64, 64, 128, dtype="bfloat16")
+
+
 @pytest.mark.multi_gpu
-@pytest.mark.parametrize("axis", [0, 2], ids=["batch", "heads"])
-def test_multi_a_sharded_call_divides_its_workspace(axis: int, hopper: Any) -> None:
-    spec = AttentionSpec("sm90_sharded", 2, 300, 300, 64, 16, 128, dtype="bfloat16", is_causal=True)
+@pytest.mark.parametrize(
+    ("spec", "axis"), [(SHARDED, 0), (SHARDED, 2), (SHARDED_PARTS, 2)], ids=["batch", "heads", "parts"]
+)
+def test_multi_a_sharded_call_divides_its_workspace(spec: AttentionSpec, axis: int, hopper: Any) -> None:
     mesh = Mesh(np.array(gpu_devices()[:2]), ("x",))
     sharding = NamedSharding(mesh, PartitionSpec(*("x" if i == axis else None for i in range(4))))
-    operands = [jax.device_put(x, sharding) for x in call_of(spec).operands]
-    attend = jax.jit(functools.partial(heed.flash_mha, is_causal=True, return_lse=True, backend="sm90"))
-    out, lse = attend(*operands)
+    whole = call_of(spec).operands
+    attend = jax.jit(functools.partial(heed.flash_mha, is_causal=spec.is_causal, return_lse=True, backend="sm90"))
+    out, lse = attend(*(jax.device_put(x, sharding) for x in whole))
     assert out.sharding.is_equivalent_to(sharding, out.ndim)
     expected_result(spec).check(np.asarray(out), np.asarray(lse), f"axis {axis}")
+    for i in range(2):  # the bits of a call of its own, which has the workspace that it needs
+        own, _ = attend(*(jax.device_put(np.split(x, 2, axis)[i], gpu_devices()[i]) for x in whole))
+        assert np.asarray(own).tobytes() == np.split(np.asarray(out), 2, axis)[i].tobytes(), f"share {i}"

@@ -232,3 +232,50 @@ def test_a_workspace_is_divided_with_its_call(specs: Any, monkeypatch: pytest.Mo
     (out, lse), hlo = run(attend_anew, arrays)
     assert_no_communication(hlo)
     check(out, lse, operands, "with a workspace")
+
+
+FEW_TILES, FEW_TILES_KV = (1, 128, 64, 128), (1, 2048, 64, 128)
+
+
+@pytest.mark.skipif(len(jax.devices("cpu")) < 4, reason="needs four CPU devices (conftest.py makes them)")
+@pytest.mark.parametrize("platform", ["cpu", "cuda"])
+def test_shares_have_a_workspace_where_the_whole_has_none(platform: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """64 tiles are as many as may be left whole; each device's 16 are shared by its blocks."""
+    from heed._jax import devices
+
+    share = [rows(1, length, 16, 128) for length in (128, 2048, 2048)]
+    of_share = heed.explain(heed.flash_mha, *share, target="sm_90a").workspace_bytes
+    assert explain(rows(*FEW_TILES), rows(*FEW_TILES_KV)).workspace_bytes == 0 < of_share
+
+    # The partitioner of the XLA that compiles for CPUs is told that this is the other one.
+    find = devices.workspace_of_share
+    monkeypatch.setattr(devices, "_cuda_targets", lambda: {0: "sm_90a", 1: "sm_80"})
+    monkeypatch.setattr(devices, "workspace_of_share", lambda op, share, _: find(op, share, platform))
+    rng = np.random.default_rng(0)
+    operands = [rng.standard_normal(shape).astype(ml_dtypes.bfloat16) for shape in (FEW_TILES, *[FEW_TILES_KV] * 2)]
+    mesh = make_mesh(AxisType.Auto, x=4)
+    arrays = place(mesh, dict(zip("qkv", operands, strict=True)), specs_of(heads="x"))
+
+    def attention(arrays: Any) -> Any:
+        return heed.flash_mha(**arrays)
+
+    assert results_of(jax.jit(attention).trace(arrays), "cpu") == "tensor<1x128x64x128xbf16>"
+    out, hlo = run(attention, arrays)
+    assert_no_communication(hlo)
+    in_hlo = f"f32[1,16,{of_share // 64}]"
+    assert (in_hlo in hlo) == (platform == "cuda")
+    np.testing.assert_array_equal(out, heed.flash_mha(*operands))
+
+
+def test_partitioners_know_what_is_compiled_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    from heed._jax import ffi_target
+    from heed._jax.ops import ATTENTION_FWD
+
+    given: list[Any] = []
+    monkeypatch.setattr("jaxlib.xla_client.register_custom_call_partitioner", lambda **named: given.append(named))
+    monkeypatch.setattr("jax._src.xla_bridge.register_plugin_callbacks", lambda callback: callback(c_api="a plugin"))
+    ffi_target.register_partitioner(ATTENTION_FWD, min, lambda *arguments: arguments, max)
+    assert [(named["c_api"], named["partition"](1, 2)) for named in given] == [
+        (None, ("cpu", 1, 2)),
+        ("a plugin", ("cuda", 1, 2)),
+    ]

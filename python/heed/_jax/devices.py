@@ -43,25 +43,26 @@ def prepare(op: Op, text: str, platforms: Sequence[str], what: str) -> tuple[int
         else:
             reason = f"heed has no kernels for the platform {platform}, only for cpu and cuda"
             raise UnsupportedError(f"{what}: {reason}", {platform: reason})
-    if not op.has_workspace:
-        return None
-    shapes: list[tuple[int, ...]] = [resolution.workspace_shape for resolution in serving]
-    largest = max(shapes)  # they differ in the last axis only
-    return None if op.may_lack_workspace and largest[-1] == 0 else largest
+    return _workspace_shape(op, serving)
 
 
-def workspace_of_share(op: Op, text: str, share: str, num_floats: int) -> int:
-    """The last axis that the workspace needs for one device's share of a problem.
+def workspace_of_share(op: Op, share: str, platform: str) -> tuple[int, ...] | None:
+    """The shape of a workspace for one device's share of a call; None if it needs none.
 
-    A share may need more of it than the whole has, `num_floats`: fewer heads leave more of a GPU to each of them. Which
-    platform is compiled for is not known here, but those that the whole has too little for are not meant.
+    It is not that of the whole call, divided: fewer heads leave more of a GPU to each of them, so that each may need
+    more, also where the whole needs none.
     """
-    needed = num_floats
-    for target in ("cpu", *(set(_cuda_targets().values()) or {"cuda"})):
-        whole, part = op.resolve(text, target), op.resolve(share, target)
-        if whole.chosen is not None and part.chosen is not None and whole.workspace_shape[-1] <= num_floats:
-            needed = max(needed, part.workspace_shape[-1])
-    return needed
+    targets = ["cpu"] if platform == "cpu" else set(_cuda_targets().values()) or ["cuda"]
+    return _workspace_shape(op, [op.resolve(share, target) for target in targets])
+
+
+def _workspace_shape(op: Op, resolutions: Sequence[Any]) -> tuple[int, ...] | None:
+    """Large enough for every kernel that was found; None if none has a workspace."""
+    shapes = [resolution.workspace_shape for resolution in resolutions if resolution.chosen is not None]
+    if not op.has_workspace or not shapes:
+        return None
+    largest: tuple[int, ...] = max(shapes)  # they differ in the last axis only
+    return None if op.may_lack_workspace and largest[-1] == 0 else largest
 
 
 def _cuda_targets() -> dict[int, str]:

@@ -48,15 +48,21 @@ def register() -> None:
 def register_partitioner(
     op: Op, propagate: Callable[..., Any], partition: Callable[..., Any], infer: Callable[..., Any]
 ) -> None:
-    """Gives XLA the functions that divide the call over devices: the XLA of this process, and that of each plugin."""
-    give: Callable[..., None] = functools.partial(
-        xla_client.register_custom_call_partitioner,
-        name=op.target_name,
-        prop_user_sharding=propagate,
-        partition=partition,
-        infer_sharding_from_operands=infer,
-        can_side_effecting_have_replicated_sharding=True,
-    )
+    """Gives XLA the functions that divide the call over devices: the XLA of this process, and that of each plugin.
+
+    partition: its first argument is the platform. The XLA of this process compiles for CPUs, plugins for GPUs.
+    """
+
+    def give(c_api: Any = None) -> None:
+        xla_client.register_custom_call_partitioner(
+            name=op.target_name,
+            prop_user_sharding=propagate,
+            partition=functools.partial(partition, "cpu" if c_api is None else "cuda"),
+            infer_sharding_from_operands=infer,
+            can_side_effecting_have_replicated_sharding=True,
+            c_api=c_api,
+        )
+
     give()
     xla_bridge.register_plugin_callbacks(give)
 
@@ -102,13 +108,13 @@ def module_bytecode(
     results: Sequence[TensorType],
     problem: str,
     sums: Mapping[int, np.ndarray],
-    workspace_floats: int | None = None,
+    called: Sequence[TensorType],
 ) -> bytes:
     """A StableHLO module whose main function is one call: what XLA inlines on each device.
 
     sums: results that are then summed over groups of devices, [groups, devices of a group].
-    workspace_floats: the last axis of the last result as the call needs it; None if that is no workspace. The
-        function returns as much of it as it is to; nobody reads that.
+    called: what the call returns. It is what the function returns, but for a workspace at its end, which nobody reads:
+        the function returns as much of that as its own result has, if it has one.
     """
     with mlir.make_ir_context() as context, ir.Location.unknown(context):
         module = ir.Module.create()
@@ -118,12 +124,10 @@ def module_bytecode(
             main.attributes["sym_visibility"] = ir.StringAttr.get("public")
             block = main.add_entry_block()
         with ir.InsertionPoint(block):
-            called_types = list(result_types)
-            shape, dtype = results[-1]
-            if workspace_floats is not None:
-                called_types[-1] = tensor_type((*shape[:-1], workspace_floats), dtype)
-            values = list(emit_call(op, list(block.arguments), called_types, problem).results)
-            if called_types[-1] != result_types[-1]:
+            called_types = [tensor_type(*t) for t in called]
+            values = list(emit_call(op, list(block.arguments), called_types, problem).results)[: len(results)]
+            if values[-1].type != result_types[-1]:
+                shape, _ = results[-1]
                 zeros, ones = ([n] * len(shape) for n in (0, 1))
                 values[-1] = stablehlo.SliceOp(values[-1], zeros, list(shape), ones).result
             for index, groups in sums.items():

@@ -151,13 +151,17 @@ def _describe(layout: axes.Layout, name: str, shape: Shape, tiling: Tiling) -> s
 
 def _partition(
     op: Op,
+    platform: str,
     operand_shapes: Sequence[Any],
     operand_shardings: Sequence[Any],
     result_shape: Any,
     result_sharding: Any,
     backend_config: bytes,
 ) -> tuple[bytes, list[Any], Any]:
-    """XLA's callback: the per-device program, and how its operands and results are sharded."""
+    """XLA's callback: the per-device program, and how its operands and results are sharded.
+
+    The workspace is that of a device's share. The whole call's may be smaller, or not be there at all.
+    """
     attributes = ffi_target.attributes_of(op, backend_config)
     call = call_of(op, attributes["problem"])
     operand_names = tuple(call.operands)
@@ -184,14 +188,21 @@ def _partition(
                 groups = _ids_of_all(sharers, attributes.get("groups", ""), split.layout)
                 sums[result_names.index(name)] = groups
     share = call.on(local)
-    floats = devices.workspace_of_share(op, call.problem, share, local[WORKSPACE][-1]) if has_workspace else None
+    types = {name: (local[name], xla_shapes[name].numpy_dtype()) for name in names}
+    called = [types[name] for name in call.results]
+    workspace = devices.workspace_of_share(op, share, platform)
+    if has_workspace:
+        *axes_of_heads, floats = local[WORKSPACE]
+        workspace = (*axes_of_heads, max(floats, workspace[-1] if workspace else 0))
+    if workspace is not None:
+        called.append((workspace, np.float32))
     module = ffi_target.module_bytecode(
         op,
-        [(local[name], xla_shapes[name].numpy_dtype()) for name in operand_names],
-        [(local[name], xla_shapes[name].numpy_dtype()) for name in result_names],
+        [types[name] for name in operand_names],
+        [types[name] for name in result_names],
         share,
         sums,
-        floats,
+        called,
     )
     outputs = [shardings[name] for name in result_names]
     packed = xla_client.HloSharding.tuple_sharding(result_shape, outputs) if is_tuple else outputs[0]
