@@ -15,7 +15,7 @@ struct Sm90AttentionFwdSpec {
   int head_dim_qk = 128;                 // rounded up to a multiple of 16
   int head_dim_v = 128;                  // rounded up likewise
   bool is_varlen = false;
-  bool has_mask = false;  // a window is bounded on either side
+  bool has_mask = false;  // some row does not see some key
   bool has_segment_ids = false;
   bool has_softcap = false;
   bool has_alibi = false;

@@ -53,8 +53,8 @@ double time_of_whole_tiles(const AttentionProblem& problem, const Sm90AttentionF
   const double num_heads =
       static_cast<double>(problem.num_heads_in_all()) * static_cast<double>(problem.is_varlen ? num_sequences : 1);
   const double all = sum / static_cast<double>(num_samples) * tiles_of_head * num_heads;
-  // Blocks take the longest tiles first. Equal ones come in waves.
-  if (spec.has_mask || problem.is_varlen) return std::max(all / kPlannedBlocks, longest);
+  // Blocks take the longest tiles first. Equal ones, of which a mask leaves each head one, come in waves.
+  if ((spec.has_mask && num_tiles > 1) || problem.is_varlen) return std::max(all / kPlannedBlocks, longest);
   return std::ceil(tiles_of_head * num_heads / kPlannedBlocks) * longest;
 }
 
@@ -206,9 +206,9 @@ Sm90Plan plan_sm90_attention_fwd(const AttentionProblem& problem) {
   const Sm90AttentionFwdSpec spec = make_plain_spec(problem);
   const Packing packing = pack_heads(problem, spec);
   if (spec.has_tall_tile() && packing.plan.head_shift == 0) {
-    const Sm90AttentionFwdTile tile = sm90_attention_fwd_tile(spec);
-    const double time =
-        packing.plan.num_slots > 0 ? packing.time * tile.q_rows() * tile.kv_rows : time_of_whole_tiles(problem, spec);
+    const Sm90Tiles& tiles = packing.plan.tiles;
+    double time = time_of_whole_tiles(problem, spec);
+    if (packing.plan.num_slots > 0) time *= packing.time / time_of_rounds(tiles, tiles.num_tiles, kPlannedBlocks);
     Sm90AttentionFwdSpec tall = spec;
     tall.is_tall = true;
     if (time_of_whole_tiles(problem, tall) < time) return pack_heads(problem, tall).plan;

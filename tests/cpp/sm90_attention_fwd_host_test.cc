@@ -106,6 +106,18 @@ TEST_F(Sm90AttentionFwdHostTest, NoCounterWhereEveryBlockHasOneTile) {
   EXPECT_EQ(params_of(launch).next_tile, nullptr);
 }
 
+// Behind the counter and within the workspace; of head dim 128.
+void expect_room_for_slots(const cuda::Sm90AttentionFwdParams& params, const AttentionForwardArgs& args,
+                           int64_t num_bytes) {
+  const unsigned tiles = params.num_heads * static_cast<unsigned>(params.num_tiles) - params.num_whole_tiles;
+  const unsigned parts = params.num_tiles_in_all - params.num_whole_tiles;
+  const auto* workspace = static_cast<const char*>(args.workspace.data);
+  EXPECT_GE(params.slots - workspace, 16);
+  EXPECT_EQ(reinterpret_cast<uintptr_t>(params.slots) % 128, 0U);
+  const int64_t slots = cuda::sm90_attention_fwd_slot_bytes({}) * static_cast<int64_t>(tiles + parts - 1);
+  EXPECT_LE(params.slots - workspace + slots, num_bytes);
+}
+
 // The steps of the last tiles are cut into parts, which leave what they sum up in the workspace.
 void expect_cut(const Call& call, unsigned num_tiles, unsigned num_steps, int heads_of_tile = 1) {
   SCOPED_TRACE(std::to_string(call.q_len) + " rows, " + std::to_string(call.kv_len) + " keys");
@@ -126,11 +138,7 @@ void expect_cut(const Call& call, unsigned num_tiles, unsigned num_steps, int he
   EXPECT_EQ(launch.grid[0], params.num_whole_tiles == 0 ? parts : test::kFakeMultiprocessors);
   EXPECT_EQ(params.next_tile, params.num_whole_tiles == 0 ? nullptr : args.workspace.data);
   EXPECT_NE(params.nonce[0] | params.nonce[1] | params.nonce[2], 0U);
-  const auto* workspace = static_cast<const char*>(args.workspace.data);
-  EXPECT_GE(params.slots - workspace, 16);
-  EXPECT_EQ(reinterpret_cast<uintptr_t>(params.slots) % 128, 0U);
-  const int64_t slots = cuda::sm90_attention_fwd_slot_bytes({}) * static_cast<int64_t>(tiles + parts - 1);
-  EXPECT_LE(params.slots - workspace + slots, attention_forward_workspace_bytes(args, call.options));
+  expect_room_for_slots(params, args, attention_forward_workspace_bytes(args, call.options));
 }
 
 TEST_F(Sm90AttentionFwdHostTest, CutsTheLastTiles) {
@@ -180,6 +188,7 @@ TEST_F(Sm90AttentionFwdHostTest, OneRowUnderACausalMask) {
 
 TEST_F(Sm90AttentionFwdHostTest, SizesOfWorkspaces) {
   constexpr int64_t kMostBytes = 28'000'000;
+  int64_t num_cut = 0;
   for (const int64_t batch : {1, 2, 3, 5, 7, 16, 33}) {
     for (const int64_t q_len : {1, 4, 16, 64, 100, 128, 700}) {
       for (const int64_t kv_len : {500, 8192, 32768}) {
@@ -191,12 +200,19 @@ TEST_F(Sm90AttentionFwdHostTest, SizesOfWorkspaces) {
                     .num_kv_heads = num_kv_heads};
           for (const bool is_causal : {false, true}) {
             call.options.is_causal = is_causal;
-            EXPECT_LE(attention_forward_workspace_bytes(args_of(call), call.options), kMostBytes);
+            const int64_t num_bytes = attention_forward_workspace_bytes(args_of(call), call.options);
+            EXPECT_LE(num_bytes, kMostBytes);
+            const AttentionForwardArgs args = with_workspace(call, args_of(call));
+            const cuda::Sm90AttentionFwdParams params = params_of(launch_of(call, args));
+            if (params.slots == nullptr) continue;
+            expect_room_for_slots(params, args, num_bytes);
+            ++num_cut;
           }
         }
       }
     }
   }
+  EXPECT_GT(num_cut, 100);
 }
 
 TEST_F(Sm90AttentionFwdHostTest, CutsNothingWithoutAWorkspace) {

@@ -201,6 +201,14 @@ TEST_F(Sm90AttentionFwdTilesTest, TilesThatAreCutAreNotTall) {
   call.kv_len = 32768;
   EXPECT_FALSE(is_tall(call));
   EXPECT_GT(attention_forward_workspace_bytes(args_of(call), call.options), 1 << 20);
+  // A tile a head, so that they are equal under a mask too.
+  call = call_of_length(100, true, 160);
+  call.batch = 1;
+  for (const int64_t kv_len : {4096, 32768}) {
+    call.kv_len = kv_len;
+    EXPECT_FALSE(is_tall(call));
+    EXPECT_GT(attention_forward_workspace_bytes(args_of(call), call.options), 1 << 20);
+  }
 }
 
 // By their mean length, which is all that the host knows.

@@ -5,7 +5,7 @@
 
 namespace heed::cuda::ptx {
 
-// Memory that this thread alone reads, once, and may then overwrite.
+// Memory that is also written while the kernel runs, by this thread afterwards or by others before.
 __device__ __forceinline__ uint4 load_own_16(const void* from) {
   uint4 value;
   asm volatile("ld.global.v4.b32 {%0, %1, %2, %3}, [%4];"
