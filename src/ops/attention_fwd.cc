@@ -50,6 +50,10 @@ void check_views(const PreparedAttentionFwd& prepared, const AttentionForwardArg
   if (problem.wants_lse) check_view("lse", args.lse, DType::kFloat32, problem.lse_shape(), args.q.device, true);
 }
 
+void launch(const PreparedAttentionFwd& prepared, const AttentionForwardArgs& args) {
+  prepared.kernel->run(prepared.problem, args, prepared.state.get());
+}
+
 PreparedAttentionFwd prepare(const AttentionRequest& request, const Target& target) {
   PreparedAttentionFwd prepared;
   prepared.problem = validate(request);
@@ -79,11 +83,11 @@ void run_attention_fwd(const PreparedAttentionFwd& prepared, const AttentionForw
   check_views(prepared, args);
   const TensorView& workspace = args.workspace;
   if (!workspace.defined() || suffices_as_workspace(workspace, prepared.workspace_bytes, args.q.device)) {
-    prepared.kernel->run(prepared.problem, args, prepared.state.get());
+    launch(prepared, args);
   } else {
     AttentionForwardArgs without_workspace = args;
     without_workspace.workspace = {};
-    prepared.kernel->run(prepared.problem, without_workspace, prepared.state.get());
+    launch(prepared, without_workspace);
   }
 }
 
@@ -91,13 +95,14 @@ void attention_forward(const AttentionForwardArgs& args, const AttentionOptions&
   // 1. Validate, 2. resolve, 3. plan: GPU kernels derive their parameters from the problem; the CPU kernel derives its
   // work items when it runs, from the problem and, packed, from its lengths.
   const PreparedAttentionFwd prepared = prepare(make_request(args, options), target_of(args.q.device));
+  check_views(prepared, args);
   if (args.workspace.defined()) check_workspace(args.workspace, prepared.workspace_bytes, args.q.device);
   // 4. Launch.
   if (args.q.device.type == DeviceType::kCpu) {
-    run_attention_fwd(prepared, args);
+    launch(prepared, args);
   } else {
     const cuda::DeviceScope scope(args.q.device.index);  // the default stream is that of the current context
-    run_attention_fwd(prepared, args);
+    launch(prepared, args);
   }
 }
 

@@ -128,10 +128,10 @@ bool suffices_as_workspace(const TensorView& view, int64_t bytes, Device device,
   check_view_fields(tensor, view);
   if (bytes == 0) return true;
   if (!view.defined()) return false;
-  const std::string expected = expected_workspace(bytes);
-  if (view.dtype != DType::kFloat32) throw TypeError(tensor + ": got " + show(view) + ", " + expected);
+  const auto refusal = [&] { return tensor + ": got " + show(view) + ", " + expected_workspace(bytes); };
+  if (view.dtype != DType::kFloat32) throw TypeError(refusal());
   const int64_t given_bytes = size_bytes(view);
-  if (given_bytes < 0) throw ValueError(tensor + ": got " + show(view) + ", " + expected);
+  if (given_bytes < 0) throw ValueError(refusal());
   check_device(tensor, view, device, first);
   if (given_bytes == 0) return false;
   check_memory(tensor, view, 16);

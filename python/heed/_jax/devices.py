@@ -43,7 +43,7 @@ def prepare(op: Op, text: str, platforms: Sequence[str], what: str) -> tuple[int
         else:
             reason = f"heed has no kernels for the platform {platform}, only for cpu and cuda"
             raise UnsupportedError(f"{what}: {reason}", {platform: reason})
-    return _workspace_shape(op, serving)
+    return _workspace_shape(op, serving) if op.has_workspace else None
 
 
 def workspace_of_share(op: Op, share: str, platform: str) -> tuple[int, ...] | None:
@@ -52,6 +52,8 @@ def workspace_of_share(op: Op, share: str, platform: str) -> tuple[int, ...] | N
     It is not that of the whole call, divided: fewer heads leave more of a GPU to each of them, so that each may need
     more, also where the whole needs none.
     """
+    if not op.has_workspace:
+        return None
     targets = ["cpu"] if platform == "cpu" else set(_cuda_targets().values()) or ["cuda"]
     return _workspace_shape(op, [op.resolve(share, target) for target in targets])
 
@@ -59,7 +61,7 @@ def workspace_of_share(op: Op, share: str, platform: str) -> tuple[int, ...] | N
 def _workspace_shape(op: Op, resolutions: Sequence[Any]) -> tuple[int, ...] | None:
     """Large enough for every kernel that was found; None if none has a workspace."""
     shapes = [resolution.workspace_shape for resolution in resolutions if resolution.chosen is not None]
-    if not op.has_workspace or not shapes:
+    if not shapes:
         return None
     largest: tuple[int, ...] = max(shapes)  # they differ in the last axis only
     return None if op.may_lack_workspace and largest[-1] == 0 else largest
