@@ -196,7 +196,7 @@ def sdpa_call(backend: str) -> Callable[[Row, Inputs], Run]:
         q, k, v = (t.transpose(1, 2) for t in (x.q, x.k, x.v))
         attend = torch.nn.functional.scaled_dot_product_attention
         mask: dict[str, Any] = {"is_causal": row.is_causal}
-        if row.is_causal and row.num_queries != row.tokens:  # whose own mask is aligned at the top left
+        if row.is_causal and row.num_queries != row.tokens:  # its own mask is aligned at the top left: one in memory
             seen = torch.ones(row.num_queries, row.tokens, dtype=torch.bool, device=q.device)
             mask = {"attn_mask": seen.tril(row.tokens - row.num_queries)}
 
@@ -216,6 +216,14 @@ def fa2_window_call(row: Row, x: Inputs) -> Run:
     attend = torch.ops.aten._flash_attention_forward
     window = {"window_size_left": row.window, "window_size_right": 0}
     return lambda: attend(x.q, x.k, x.v, None, None, row.tokens, row.tokens, 0.0, True, False, **window)[0]
+
+
+def fa2_few_call(row: Row, x: Inputs) -> Run:
+    """torch's FA2 by its own operator, whose causal mask is aligned at the bottom right."""
+    import torch
+
+    attend, lengths = torch.ops.aten._flash_attention_forward, (row.num_queries, row.tokens)
+    return lambda: attend(x.q, x.k, x.v, None, None, *lengths, 0.0, row.is_causal, False)[0]
 
 
 def fa2_packed_call(row: PackedRow, x: Inputs) -> Run:
@@ -244,7 +252,7 @@ CONTENDERS: Mapping[str, Mapping[str, Callable[[Row, Inputs], Run]]] = {
     "gqa": {**_HEED, "heed MHA": heed_mha_call, **_SDPA},
     "window": {**_HEED, "heed full causal": heed_full_causal_call, "fa2": fa2_window_call},
     "short": {**_HEED, **_SDPA},
-    "few": {**_HEED, **_SDPA},
+    "few": {**_HEED, **_SDPA, "fa2": fa2_few_call},
 }
 
 # Pauses take most of a run's time: outside of D 128, those pause that a target speaks of.

@@ -23,7 +23,7 @@ TITLES = {
     "gqa": "D 128, 32/8 heads (GQA)",
     "window": "D 128, 32/8 heads, causal windows",
     "short": "D 128, 16 heads, short sequences",
-    "few": "D 128, few queries (GQA)",
+    "few": "D 128, few queries (GQA; under a causal mask cuDNN reads one from memory)",
 }
 PEERS = {"fa2": "FA2 (torch)", "cudnn": "cuDNN (torch)"}
 
