@@ -34,6 +34,8 @@ class SplitLaunch {
       : c_(c),
         cut_(cut),
         in_(make_inputs(c)),
+        oracle_(packed_attention<double>(c, in_, {})),
+        naive_(packed_attention<float>(c, in_, {})),
         out_(c.dtype, {c.batch, c.q_len, c.num_q_heads, c.head_dim_v}),
         lse_(DType::kFloat32, {c.batch, c.num_q_heads, c.q_len}),
         params_(make_params<Sm90AttentionFwdParams>(c)) {
@@ -92,10 +94,8 @@ class SplitLaunch {
     return values;
   }
   void expect_right() const {
-    const Expected oracle = packed_attention<double>(c_, in_, {});
-    const Expected naive = packed_attention<float>(c_, in_, {});
-    expect_close(out_, naive.out, oracle.out, c_.dtype, c_.head_dim_v, "out");
-    expect_close(lse_, naive.lse, oracle.lse, DType::kFloat32, c_.q_len, "lse");
+    expect_close(out_, naive_.out, oracle_.out, c_.dtype, c_.head_dim_v, "out");
+    expect_close(lse_, naive_.lse, oracle_.lse, DType::kFloat32, c_.q_len, "lse");
   }
 
  private:
@@ -112,6 +112,7 @@ class SplitLaunch {
   Case c_;
   Cut cut_;
   Inputs in_;
+  Expected oracle_, naive_;
   Tensor out_, lse_;
   Sm90AttentionFwdParams params_;
   alignas(16) unsigned counter_[4] = {7, 8, 9, 10};
@@ -368,7 +369,7 @@ TEST(DeviceSm90AttentionFwdSplitTest, MaskedPacksOfHeads) {
   const struct { int64_t left, right; } windows[] = {{-1, 0}, {140, 0}, {30, 290}, {-1, 250}};
   for (const CausalAlign align : {CausalAlign::kBottomRight, CausalAlign::kTopLeft}) {
     for (const auto& [left, right] : windows) {
-      for (const int64_t q_len : {2, 4, 15}) {
+      for (const int64_t q_len : {2, 15}) {
         const Case c = masked(grouped(split_case_of(q_len, 1, 700, 64), 8), left, right, align);
         const auto keys = cuda::sm90_attention_fwd_keys(q_len, 700, left, right, align == CausalAlign::kBottomRight);
         const auto steps = static_cast<unsigned>((keys.end + 127) / 128 - keys.begin / 128);
