@@ -294,8 +294,9 @@ def plot(content: Result, path: Path, title: str) -> bool:
             axes.spines[["top", "right"]].set_visible(False)
             axes.grid(axis="y", alpha=0.3)
         panels[0][column].set_ylim(0, 1.08 * highest or 1)  # of both: they share the axis
-    if panels[0][0].get_legend_handles_labels()[0]:
-        panels[0][0].legend(frameon=False)
+    with_most = max(panels.flat, key=lambda axes: len(axes.get_legend_handles_labels()[0]))
+    if with_most.get_legend_handles_labels()[0]:
+        with_most.legend(frameon=False)
     for axes_row in panels:
         axes_row[0].set_ylabel("TFLOP/s (causal counted as half)")
     for axes in panels[-1]:

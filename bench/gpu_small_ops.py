@@ -354,7 +354,7 @@ def plot(content: Mapping[str, Any], path: Path) -> bool:
     axes.set_xticks(range(len(rows)), [row["name"].removeprefix("bench_") for row in rows], rotation=35, ha="right")
     axes.set_ylabel("speed, as a share of a copy's")
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
+    axes.legend(frameon=False, ncols=len(colors), loc="upper right")
     axes.set_title(f"heed.ops, {content.get('machine', {}).get('gpu', 'GPU')}", fontsize=11)
     figure.tight_layout()
     figure.savefig(path, dpi=120)
