@@ -23,11 +23,13 @@ Case grouped_case_of(int64_t q_len, int64_t kv_len, int64_t group, int64_t head_
 constexpr Sm90AttentionFwdSpec kFull = packed(spec_of(Element::kBFloat16, 64, 64));
 constexpr Sm90AttentionFwdSpec kMasked = packed(spec_of(Element::kBFloat16, 64, 64, true));
 
-// Every power of two that divides the group, up to the 16 rows that a warp writes at a time.
+// Two heads, and as many as divide the group, up to the 16 rows that a warp writes at a time; with `all`, all between.
 template <Sm90AttentionFwdSpec kSpec>
-void expect_matches_in_packs(const Case& c) {
+void expect_matches_in_packs(const Case& c, bool all = true) {
   const int64_t group = c.num_q_heads / c.num_kv_heads;
   for (int shift = 1; shift <= 4 && group % (1 << shift) == 0; ++shift) {
+    const bool is_largest = shift == 4 || group % (2 << shift) != 0;
+    if (!all && shift != 1 && !is_largest) continue;
     SCOPED_TRACE(std::to_string(c.q_len) + " rows, group of " + std::to_string(group) + ", packs of " +
                  std::to_string(1 << shift));
     expect_matches<kSpec>(c, {.head_shift = shift});
@@ -37,7 +39,7 @@ void expect_matches_in_packs(const Case& c) {
 TEST(DeviceSm90AttentionFwdPacksTest, EveryNumberOfRows) {
   for (int64_t q_len = 1; q_len <= 65; ++q_len) {
     const int64_t groups[] = {2, 4, 6, 8, 16};
-    expect_matches_in_packs<kFull>(grouped_case_of(q_len, 100 + q_len % 40, groups[q_len % 5]));
+    expect_matches_in_packs<kFull>(grouped_case_of(q_len, 100 + q_len % 40, groups[q_len % 5]), q_len % 8 == 0);
   }
 }
 

@@ -120,15 +120,17 @@ class SplitLaunch {
   std::vector<char> memory_;
 };
 
-// Forwards, then, as a graph does, once more with the same parameters, backwards and in any order.
+// Forwards, then, as a graph does, once more with the same parameters, backwards and in any order; or one of these two.
 template <Sm90AttentionFwdSpec kSpec>
-void expect_split_matches(const Case& c, const Cut& cut) {
+void expect_split_matches(const Case& c, const Cut& cut, bool both = true) {
   SCOPED_TRACE(testing::Message() << c.q_len << " rows, " << c.kv_len << " keys, " << cut.num_whole_tiles
                                   << " whole tiles, " << cut.num_parts << " parts, packs of " << (1 << cut.head_shift));
   static std::mt19937 random{1};
+  const int left_out = both ? 0 : 1 + static_cast<int>(random() % 2);
   SplitLaunch<kSpec> launch(c, cut);
   std::vector<double> first;
   for (int round = 0; round < 3; ++round) {
+    if (round > 0 && round == left_out) continue;
     device_emulation::block.copies_late = round == 1;
     device_emulation::block.copies_vary = round == 2;
     launch.clear_results();
@@ -306,12 +308,12 @@ TEST(DeviceSm90AttentionFwdSplitTest, PacksOfHeads) {
     const Case c = grouped(split_case_of(q_len, 1, 4 * 128 - 9, 64), 8);
     for (const int shift : {1, 2, 3}) {
       const unsigned tiles = (16U >> shift) * static_cast<unsigned>(((q_len << shift) + 127) / 128);
-      expect_split_matches<kPacked64>(c, {tiles + 3, 0, tiles + 3, true, shift});
-      expect_split_matches<kPacked64>(c, {2, tiles - 1, 2, true, shift});
+      expect_split_matches<kPacked64>(c, {tiles + 3, 0, tiles + 3, true, shift}, false);
+      expect_split_matches<kPacked64>(c, {2, tiles - 1, 2, true, shift}, false);
     }
   }
-  expect_split_matches<kPacked64>(grouped(split_case_of(7, 1, 300, 64), 16), {5, 0, 5, false, 4});
-  expect_split_matches<kPacked64>(grouped(split_case_of(7, 1, 300, 64), 6), {7, 0, 7, true, 1});
+  expect_split_matches<kPacked64>(grouped(split_case_of(7, 1, 300, 64), 16), {5, 0, 5, false, 4}, false);
+  expect_split_matches<kPacked64>(grouped(split_case_of(7, 1, 300, 64), 6), {7, 0, 7, true, 1}, false);
 }
 
 TEST(DeviceSm90AttentionFwdSplitTest, Causal) {
@@ -321,7 +323,7 @@ TEST(DeviceSm90AttentionFwdSplitTest, Causal) {
       for (const unsigned parts : {steps, 2 * steps - 1, 2 * steps}) {
         Case c = split_case_of(q_len, 2, kv_len, 64);
         c.options.is_causal = true;
-        expect_split_matches<kMasked64>(c, {parts, 0, parts});
+        expect_split_matches<kMasked64>(c, {parts, 0, parts}, false);
       }
     }
   }
@@ -338,9 +340,9 @@ TEST(DeviceSm90AttentionFwdSplitTest, Windows) {
       const auto keys = cuda::sm90_attention_fwd_keys(90, 700, left, right, align == CausalAlign::kBottomRight);
       const auto steps = static_cast<unsigned>((keys.end + 127) / 128 - keys.begin / 128);
       for (const unsigned parts : {2U, 4U, 3 * steps}) {
-        if (parts <= 3 * steps) expect_split_matches<kMasked64>(c, {parts, 0, parts});
+        if (parts <= 3 * steps) expect_split_matches<kMasked64>(c, {parts, 0, parts}, false);
       }
-      if (steps > 1) expect_split_matches<kMasked64>(c, {2, 2, 2});
+      if (steps > 1) expect_split_matches<kMasked64>(c, {2, 2, 2}, false);
     }
   }
 }
@@ -375,8 +377,8 @@ TEST(DeviceSm90AttentionFwdSplitTest, MaskedPacksOfHeads) {
         const auto steps = static_cast<unsigned>((keys.end + 127) / 128 - keys.begin / 128);
         for (const int shift : {1, 3}) {
           const unsigned tiles = 16U >> shift, parts = std::min(tiles + 3, tiles * steps);
-          expect_split_matches<kMaskedPacked64>(c, {parts, 0, parts, true, shift});
-          if (steps > 1) expect_split_matches<kMaskedPacked64>(c, {2, tiles - 1, 2, true, shift});
+          expect_split_matches<kMaskedPacked64>(c, {parts, 0, parts, true, shift}, false);
+          if (steps > 1) expect_split_matches<kMaskedPacked64>(c, {2, tiles - 1, 2, true, shift}, false);
         }
       }
     }
@@ -421,7 +423,6 @@ template <int kQk, int kV>
 void check_packed_head_dims() {
   Case c = grouped(split_case_of(9, 1, 400, kQk), 4);
   c.head_dim_v = kV;
-  expect_split_matches<with_packs(split(spec_of(Element::kBFloat16, kQk, kV)))>(c, {5, 0, 5, true, 2});
   c.options.is_causal = true;
   expect_split_matches<with_packs(split(spec_of(Element::kBFloat16, kQk, kV, true)))>(c, {5, 0, 5, true, 2});
 }

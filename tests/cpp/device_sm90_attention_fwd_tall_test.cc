@@ -69,13 +69,12 @@ TEST(DeviceSm90AttentionFwdTallTest, ValuesThatAreNotFinite) {
   Case c = causal_case_of(DType::kBFloat16, 280, 280, CausalAlign::kTopLeft, kDim);
   c.edit = [](Tensor&, Tensor&, Tensor& v) { v.set(200 * kDim + 5, kNaN); };
   expect_matches<kTallMasked>(c);
+  c = causal_case_of(DType::kBFloat16, 210, 210, CausalAlign::kTopLeft, kDim);
   c.edit = spoil_values;
   c.has_sinks = true;
   expect_matches<kTallMasked>(c);
   c = case_of(DType::kBFloat16, 400, 9, kDim);
-  c.num_q_heads = 4;
   c.edit = [](Tensor&, Tensor&, Tensor& v) { v.set(3 * kDim + 5, kInfinity); };
-  expect_matches<kTall>(c);
   c.has_sinks = true;
   expect_matches<kTall>(c);
   c.dtype = DType::kFloat16;
@@ -89,6 +88,7 @@ TEST(DeviceSm90AttentionFwdTallTest, ScoresThatAreNotFinite) {
     q.set(150 * 2 * kDim, kInfinity);  // scores of both signs
   };
   expect_matches<kTall>(c);
+  c = case_of(DType::kBFloat16, 210, 200, kDim);
   c.edit = [](Tensor& /*q*/, Tensor& k, Tensor& /*v*/) { k.set(150 * kDim + 7, -kInfinity); };
   expect_matches<kTall>(c);
 }
